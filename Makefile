@@ -1,0 +1,40 @@
+# Every target builds what it needs, once: a virtual environment from pyproject.toml with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint type format clean
+
+help:
+	@echo "make demo    train clip, fixed KL and adaptive KL on CartPole-v1 and compare them"
+	@echo "make test    run the tests"
+	@echo "make lint    check style"
+	@echo "make type    check types"
+	@echo "make format  put the code into its format"
+	@echo "make clean   remove the virtual environment and caches"
+
+demo: $(INSTALLED)
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,24 @@
+"""PPO with a clipped surrogate, a fixed or an adaptive KL penalty, as a drop-in for Stable-Baselines3's PPO."""
+
+from sb3_ppo_variants.callbacks import (
+    GradientNoiseScaleCallback,
+    KLEarlyStoppingCallback,
+    TrustRegionLoggingCallback,
+    UpdateCallback,
+)
+from sb3_ppo_variants.kl_coef import KLCoefController
+from sb3_ppo_variants.ppo import PPO, PPOKL
+from sb3_ppo_variants.update import UpdateStats
+from sb3_ppo_variants.version import __version__
+
+__all__ = [
+    "PPO",
+    "PPOKL",
+    "GradientNoiseScaleCallback",
+    "KLCoefController",
+    "KLEarlyStoppingCallback",
+    "TrustRegionLoggingCallback",
+    "UpdateCallback",
+    "UpdateStats",
+    "__version__",
+]

@@ -1,0 +1,147 @@
+"""Reading and checking arguments: every error names the argument, its value and what is allowed."""
+
+import math
+from collections.abc import Callable, Collection
+from numbers import Integral, Real
+from typing import Any
+
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule
+
+LINEAR_PREFIX = "lin_"
+
+
+def check_real(name: str, value: Any, allowed: str, accepts: Callable[[float], bool]) -> float:
+    """
+    Check that ``value`` is a real number which ``accepts`` accepts.
+
+    :param name: the argument, for the error message
+    :param value: its value
+    :param allowed: what is allowed, for the error message
+    :param accepts: true for the allowed numbers; is only given finite ones
+    :return: the value as a float
+    :raises TypeError: if it is no real number (a bool is none)
+    :raises ValueError: if it is NaN, infinite or not accepted
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be {allowed}, not {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not math.isfinite(number) or not accepts(number):
+        raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
+    return number
+
+
+def check_positive(name: str, value: Any) -> float:
+    """:func:`check_real` for finite numbers > 0."""
+    return check_real(name, value, "a finite number > 0", lambda number: number > 0)
+
+
+def check_non_negative(name: str, value: Any) -> float:
+    """:func:`check_real` for finite numbers >= 0."""
+    return check_real(name, value, "a finite number >= 0", lambda number: number >= 0)
+
+
+def check_finite(name: str, value: Any) -> float:
+    """:func:`check_real` for any finite number."""
+    return check_real(name, value, "a finite number", lambda number: True)
+
+
+def check_not_nan(name: str, value: Any) -> None:
+    """
+    Check that ``value`` is not NaN, whatever else it is.
+
+    :raises ValueError: if it is
+    """
+    if isinstance(value, Real) and math.isnan(value):
+        raise ValueError(f"`{name}` must be a number, not {value!r}")
+
+
+def check_positive_int(name: str, value: Any) -> int:
+    """
+    Check that ``value`` is an integer >= 1.
+
+    :raises TypeError: if it is no integer (a bool is none)
+    :raises ValueError: if it is smaller than 1
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an integer >= 1, not {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"`{name}` must be an integer >= 1, not {value!r}")
+    return int(value)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """
+    Check that ``value`` is a bool.
+
+    :raises TypeError: if it is not
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, not {value!r} ({type(value).__name__})")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """
+    Check that ``value`` is one of ``choices``.
+
+    :raises TypeError: if it is no string
+    :raises ValueError: if it is none of them
+    """
+    allowed = ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be one of {allowed}, not {value!r} ({type(value).__name__})")
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {allowed}, not {value!r}")
+    return value
+
+
+def parse_schedule(name: str, value: Any) -> Any:
+    """
+    Turn ``"lin_0.2"`` into the schedule that falls linearly from 0.2 to 0, as the RL Zoo does; leave the rest as it is.
+
+    The schedule is SB3's own class, so that a saved model can be read without this package.
+
+    :raises ValueError: if ``value`` is any other string
+    """
+    if not isinstance(value, str):
+        return value
+    initial = value.removeprefix(LINEAR_PREFIX)
+    try:
+        if initial == value:
+            raise ValueError
+        return LinearSchedule(check_non_negative(name, float(initial)), 0.0, 1.0)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be a number, a schedule or a string such as 'lin_0.2', not {value!r}") from error
+
+
+def check_coefficient(name: str, value: Any, check: Callable[[str, Any], float] = check_non_negative) -> float | Schedule:
+    """
+    Check a coefficient that is either a number or a schedule; a schedule is tried at the start of training.
+
+    :param name: the argument, for the error message
+    :param value: a number, or a function of the progress remaining (1 at the start, 0 at the end)
+    :param check: what the number, or the schedule's value, has to pass
+    :return: the number as a float, or the schedule
+    :raises TypeError: if it is neither a number nor callable, or the schedule returns no number
+    :raises ValueError: if the number, or the schedule's first value, is not allowed
+    """
+    if not callable(value):
+        return check(name, value)
+    check(f"{name}(progress_remaining=1.0)", value(1.0))
+    return value  # type: ignore[no-any-return]
+
+
+def current_value(name: str, value: Any, progress_remaining: float) -> float:
+    """
+    Today's value of a coefficient that is either a number or a schedule.
+
+    :param name: the argument, for the error message
+    :param value: a number, or a function of the progress remaining
+    :param progress_remaining: from 1 (start of training) to 0 (its end)
+    :raises ValueError: if it is NaN
+    """
+    value = value(progress_remaining) if callable(value) else value
+    if math.isnan(value):
+        raise ValueError(f"`{name}` is NaN at progress_remaining={progress_remaining}, it must be a number")
+    return value  # type: ignore[no-any-return]

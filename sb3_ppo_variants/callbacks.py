@@ -1,0 +1,357 @@
+"""Callbacks with hooks inside the update, and those that this package brings along."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
+
+from sb3_ppo_variants.arguments import check_bool, check_choice, check_positive, check_positive_int, check_real
+from sb3_ppo_variants.critic import critic_parameters
+from sb3_ppo_variants.kl import ESTIMATORS
+from sb3_ppo_variants.logs import tensorboard_writers
+from sb3_ppo_variants.snapshot import Snapshot
+from sb3_ppo_variants.trust_region import check_exact_kl
+from sb3_ppo_variants.update import UpdateStats
+
+if TYPE_CHECKING:
+    from sb3_ppo_variants.ppo import PPO
+
+
+class UpdateCallback(BaseCallback):
+    """
+    An SB3 callback with hooks inside the update, for the algorithms of this package.
+
+    It works wherever an SB3 callback does, alone or nested. The hooks are called in every update; a parent such as
+    ``EveryNTimesteps`` decides about ``_on_step`` only, as it does in SB3.
+
+    Two return values must not be mixed up: ``False`` from ``_on_minibatch`` or ``_on_epoch_end`` ends **this update**,
+    ``False`` from SB3's ``_on_step`` ends **training**.
+    """
+
+    model: "PPO"
+
+    def init_callback(self, model: BaseAlgorithm) -> None:
+        """
+        SB3's.
+
+        :raises TypeError: if the algorithm would never call the hooks
+        """
+        if not hasattr(model, "_update_hooks"):
+            algorithm = f"{type(model).__module__}.{type(model).__qualname__}"
+            raise TypeError(f"{type(self).__name__} needs an algorithm of sb3_ppo_variants, not {algorithm}")
+        super().init_callback(model)
+
+    def _on_step(self) -> bool:
+        """
+        Called after each step of the environments.
+
+        :return: ``False`` ends training (not the update)
+        """
+        return True
+
+    def _on_update_start(self) -> None:
+        """Called before an update's first minibatch: the policy is still the one that has collected the rollout."""
+
+    def _on_minibatch(self, stats: UpdateStats) -> bool:
+        """
+        Called for each of the policy's minibatches when its gradient stands in ``parameter.grad``, clipped, before the
+        optimiser's step.
+
+        :param stats: the update so far, with this minibatch
+        :return: ``False`` ends this update (not training), without the step
+        """
+        return True
+
+    def _on_epoch_end(self, stats: UpdateStats) -> bool:
+        """
+        Called after each complete pass of the policy over the rollout.
+
+        :param stats: the update so far
+        :return: ``False`` ends this update (not training)
+        """
+        return True
+
+    def _on_update_end(self, stats: UpdateStats) -> None:
+        """
+        Called after the update; what is recorded here is logged with the update's own values.
+
+        :param stats: the whole update
+        """
+
+
+class UpdateHooks:
+    """
+    Calls the hooks of some callbacks.
+
+    :param callbacks: the callbacks, in the order of the calls
+    """
+
+    def __init__(self, callbacks: list[UpdateCallback] | None = None) -> None:
+        self._callbacks = callbacks or []
+
+    @classmethod
+    def of(cls, callback: BaseCallback) -> "UpdateHooks":
+        """Those of all callbacks with hooks in a tree of SB3's callbacks, which don't hand on hooks they don't know."""
+        return cls([found for found in _walk(callback, set()) if isinstance(found, UpdateCallback)])
+
+    def on_update_start(self, num_timesteps: int) -> None:
+        """Before the first minibatch."""
+        for callback in self._callbacks:
+            callback.num_timesteps = num_timesteps
+            callback._on_update_start()
+
+    def on_minibatch(self, stats: UpdateStats) -> bool:
+        """Before the optimiser's step; stops the update if a callback says so, and returns whether the policy goes on."""
+        for callback in self._callbacks:
+            _stop_unless(callback._on_minibatch(stats), stats, callback, "_on_minibatch")
+        return not stats.policy_stopped
+
+    def on_epoch_end(self, stats: UpdateStats) -> None:
+        """After a pass over the rollout; stops the update if a callback says so."""
+        for callback in self._callbacks:
+            _stop_unless(callback._on_epoch_end(stats), stats, callback, "_on_epoch_end")
+
+    def on_update_end(self, stats: UpdateStats) -> None:
+        """After the update."""
+        for callback in self._callbacks:
+            callback._on_update_end(stats)
+
+
+def _stop_unless(result: Any, stats: UpdateStats, callback: UpdateCallback, hook: str) -> None:
+    if not isinstance(result, (bool, np.bool_)):
+        raise TypeError(f"`{type(callback).__name__}.{hook}` must return True or False (ends this update), not {result!r}")
+    if not result:
+        stats.stop()
+
+
+def _walk(callback: BaseCallback, seen: set[int]) -> Iterator[BaseCallback]:
+    """The callback and all below it, each once: containers keep their children in attributes or lists of them."""
+    if id(callback) in seen:
+        return
+    seen.add(id(callback))
+    yield callback
+    for name, value in vars(callback).items():
+        if name == "parent":
+            continue
+        for child in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(child, BaseCallback):
+                yield from _walk(child, seen)
+
+
+class KLEarlyStoppingCallback(UpdateCallback):
+    """
+    Ends an update when the policy has moved further than ``factor`` x ``target`` from the old one.
+
+    :param target: the KL(old || new) that an update may cause, in nats
+    :param factor: how far beyond the target it may go
+    :param per: ``"minibatch"``: checked on each minibatch, before its step; ``"epoch"``: checked after each epoch, on the
+        whole rollout
+    :param estimator: ``"exact"``, or the sample estimate ``"k1"``, ``"k2"`` or ``"k3"`` (``"k3"`` is SB3's ``approx_kl``)
+    :param stop: ``"both"``: policy and critic, as SB3's ``target_kl``; ``"policy"``: the critic goes on to the last epoch
+        (OpenAI Spinning Up's scheme), by steps on its own parameters alone
+    :param restore: whether to go back to the parameters and optimiser state after the last epoch that was within
+        ``factor`` x ``target`` (before the update if none was); with ``stop="policy"`` the critic's are left as they are
+    :param verbose: 1 to print when an update is ended
+    :raises TypeError: if an argument is of the wrong type
+    :raises ValueError: if an argument has a value that is not allowed
+    """
+
+    def __init__(
+        self,
+        target: float = 0.01,
+        factor: float = 1.5,
+        per: str = "minibatch",
+        estimator: str = "exact",
+        stop: str = "both",
+        restore: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.limit = check_positive("factor", factor) * check_positive("target", target)
+        self.per = check_choice("per", per, ("minibatch", "epoch"))
+        self.estimator = check_choice("estimator", estimator, ("exact", *ESTIMATORS))
+        self.stop = check_choice("stop", stop, ("both", "policy"))
+        self.restore = check_bool("restore", restore)
+        self._snapshot: Snapshot | None = None
+
+    def _init_callback(self) -> None:
+        if self.estimator == "exact":
+            check_exact_kl(self.model.policy, self.model.rollout_buffer)
+        self._parameters = list(self.model.policy.parameters())
+        if self.stop == "policy":
+            critics_own = set(critic_parameters(self.model.policy))
+            self._parameters = [parameter for parameter in self._parameters if parameter not in critics_own]
+
+    def _on_update_start(self) -> None:
+        self._take_snapshot()
+
+    def _on_minibatch(self, stats: UpdateStats) -> bool:
+        if self.per == "epoch":
+            return True
+        kl = self._estimate(stats.kl, stats.log_ratio)
+        return kl <= self.limit or self._end_update(stats, kl)
+
+    def _on_epoch_end(self, stats: UpdateStats) -> bool:
+        if self.per == "minibatch" and not self.restore:
+            return True
+        kl = self._estimate(*stats.measure())
+        if kl <= self.limit:
+            self._take_snapshot()
+            return True
+        return self._end_update(stats, kl)
+
+    def _estimate(self, kl: th.Tensor | None, log_ratio: th.Tensor) -> float:
+        if self.estimator != "exact":
+            return ESTIMATORS[self.estimator](log_ratio).mean().item()
+        assert kl is not None
+        return kl.mean().item()
+
+    def _take_snapshot(self) -> None:
+        if self.restore:
+            self._snapshot = Snapshot(self._parameters, self.model.policy.optimizer, self.model.policy.buffers())
+
+    def _end_update(self, stats: UpdateStats, kl: float) -> bool:
+        if self.verbose >= 1:
+            print(f"Ending the update in epoch {stats.epochs_completed}: KL {kl:.2g} exceeds {self.limit:.2g}")
+        if self._snapshot is not None:
+            self._snapshot.restore()
+        if self.stop == "both":
+            return False
+        stats.stop_policy()
+        return True
+
+
+class TrustRegionLoggingCallback(UpdateCallback):
+    """
+    Shows in TensorBoard how the policy moves within its trust region.
+
+    - Histograms of the ratio pi_new(a|s) / pi_old(a|s) and of the exact KL by state, over the whole rollout, after the
+      update: ``trust_region/ratio`` and ``trust_region/kl``;
+    - a layout for the Custom Scalars tab, with the categories "trust region", "losses" and "return";
+    - hyperparameters, with return and KL as metrics, for the HParams tab.
+
+    :param histogram_freq: updates between two histograms
+    :param verbose: as in SB3
+    :raises TypeError: if ``histogram_freq`` is no integer
+    :raises ValueError: if ``histogram_freq`` is less than 1
+    """
+
+    LAYOUT: ClassVar[dict[str, dict[str, list[Any]]]] = {
+        "trust region": {
+            "KL(old || new) after the update": ["Multiline", ["train/kl", "train/approx_kl"]],
+            "KL(old || new) after the update, largest of all states": ["Multiline", ["train/kl_max"]],
+            "KL(old || new) epoch by epoch": ["Multiline", ["train/kl_per_epoch"]],
+            "KL coefficient": ["Multiline", ["train/kl_coef"]],
+            "clip fraction": ["Multiline", ["train/clip_fraction"]],
+            "gradient norm": ["Multiline", ["train/grad_norm"]],
+            "epochs completed": ["Multiline", ["train/stopped_epoch"]],
+            "gradient steps": ["Multiline", ["train/gradient_steps"]],
+        },
+        "losses": {
+            "policy": ["Multiline", ["train/policy_gradient_loss"]],
+            "value": ["Multiline", ["train/value_loss"]],
+            "entropy": ["Multiline", ["train/entropy_loss"]],
+            "KL penalty": ["Multiline", ["train/kl_penalty_loss"]],
+            "sum": ["Multiline", ["train/loss"]],
+            "explained variance": ["Multiline", ["train/explained_variance"]],
+        },
+        "return": {
+            "episode return": ["Multiline", ["rollout/ep_rew_mean", "eval/mean_reward"]],
+            "episode length": ["Multiline", ["rollout/ep_len_mean", "eval/mean_ep_length"]],
+        },
+    }
+    HYPERPARAMETERS: ClassVar[tuple[str, ...]] = (
+        *("learning_rate", "n_steps", "n_envs", "batch_size", "n_epochs", "gamma", "gae_lambda"),
+        *("clip_range", "clip_range_vf", "normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl"),
+        *("kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "seed"),
+    )
+    METRICS: ClassVar[tuple[str, ...]] = ("rollout/ep_rew_mean", "train/kl", "train/kl_coef", "train/value_loss")
+    TENSORBOARD_ONLY: ClassVar[tuple[str, ...]] = ("stdout", "log", "json", "csv")
+
+    def __init__(self, histogram_freq: int = 1, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.histogram_freq = check_positive_int("histogram_freq", histogram_freq)
+        self._n_updates = 0
+
+    def _init_callback(self) -> None:
+        # Not in `_on_training_start`, which SB3 doesn't hand on to `EvalCallback(callback_on_new_best=...)`.
+        for writer in tensorboard_writers(self.logger):
+            writer.add_custom_scalars(self.LAYOUT)
+        hyperparameters = {"algorithm": type(self.model).__name__, "policy": self.model.policy_class.__name__}
+        values = {name: _hyperparameter(getattr(self.model, name)) for name in self.HYPERPARAMETERS}
+        hparam = HParam({**hyperparameters, **values}, dict.fromkeys(self.METRICS, 0.0))
+        self.logger.record("hparams", hparam, exclude=self.TENSORBOARD_ONLY)
+
+    def _on_update_end(self, stats: UpdateStats) -> None:
+        self._n_updates += 1
+        if self._n_updates % self.histogram_freq != 0 or stats.displacement is None:
+            return
+        for name, values in (("ratio", stats.displacement.log_ratio.exp()), ("kl", stats.displacement.kl)):
+            if th.isfinite(values).all():
+                self.logger.record(f"trust_region/{name}", values, exclude=self.TENSORBOARD_ONLY)
+
+
+def _hyperparameter(value: Any) -> bool | str | float | None:
+    """A value that the HParams tab can show: constants as numbers, everything else in words."""
+    if isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    if isinstance(value, ConstantSchedule):
+        value = value.val
+    return value if value is None or isinstance(value, (bool, str, int, float)) else str(value)
+
+
+class GradientNoiseScaleCallback(UpdateCallback):
+    """
+    Estimates which minibatch size would be worth its samples.
+
+    The simple noise scale B = tr(Sigma) / |G|^2 of McCandlish et al. 2018, "An Empirical Model of Large-Batch Training",
+    arXiv 1812.06162, eqs. 2.9 and A.2 to A.4: with minibatches much smaller than B, twice as many samples buy twice the
+    progress a step; with much larger ones the extra samples are wasted. Minibatches of the first epoch, in which the
+    parameters have hardly moved, serve as independent estimates of one gradient G; the numerator and the denominator
+    are averaged over updates, as each is unbiased but their ratio is not.
+
+    Logs ``train/gradient_noise_scale``, in samples; it needs at least two full minibatches an epoch.
+
+    :param decay: weight of the past in the moving averages over updates, from 0 to less than 1
+    :param verbose: as in SB3
+    :raises TypeError: if ``decay`` is no number
+    :raises ValueError: if ``decay`` is out of range
+    """
+
+    def __init__(self, decay: float = 0.9, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.decay = check_real("decay", decay, "a number from 0 to less than 1", lambda number: 0 <= number < 1)
+        self._averages = np.zeros(2)
+        self._gradients: list[th.Tensor] = []
+
+    def _on_update_start(self) -> None:
+        self._gradients = []
+
+    def _on_minibatch(self, stats: UpdateStats) -> bool:
+        full = len(stats.minibatch.samples.advantages) == self.model.batch_size
+        if stats.epochs_completed == 0 and full:
+            gradients = (parameter.grad for parameter in self.model.policy.parameters())
+            gradient = th.cat([grad.flatten() for grad in gradients if grad is not None])
+            # Undo the scaling of torch's clip_grad_norm_.
+            clipped = min(1.0, self.model.max_grad_norm / (stats.latest("grad_norm") + 1e-6))
+            self._gradients.append(gradient / clipped)
+        return True
+
+    def _on_update_end(self, stats: UpdateStats) -> None:
+        if len(self._gradients) < 2:
+            return
+        small, big = self.model.batch_size, self.model.batch_size * len(self._gradients)
+        gradients = th.stack(self._gradients).double()
+        small_norm = gradients.pow(2).sum(dim=1).mean().item()
+        big_norm = gradients.mean(dim=0).pow(2).sum().item()
+        squared_gradient = (big * big_norm - small * small_norm) / (big - small)
+        trace = (small_norm - big_norm) / (1 / small - 1 / big)
+        self._averages = self.decay * self._averages + (1 - self.decay) * np.array([trace, squared_gradient])
+        trace, squared_gradient = self._averages
+        if squared_gradient > 0:
+            self.logger.record("train/gradient_noise_scale", float(trace / squared_gradient))

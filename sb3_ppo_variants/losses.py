@@ -1,0 +1,190 @@
+"""
+The losses of PPO, as pure functions: tensors of one minibatch in, (loss, metrics) out.
+
+Equation numbers are those of Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347.
+Every operation, and the order of the sums, is SB3's, so that the gradients are the same to the last bit.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch as th
+from torch.nn import functional as F
+
+from sb3_ppo_variants.kl import k3
+
+Metrics: TypeAlias = dict[str, th.Tensor]
+
+
+class Coefficients(NamedTuple):
+    """
+    The coefficients in effect during one update.
+
+    :param clip_range: epsilon of the clipped surrogate, ``None`` for none
+    :param clip_range_vf: the same for the values, in units of the return, ``None`` for none
+    :param normalize_advantage: whether advantages are normalised within the minibatch
+    :param ent_coef: weight of the entropy bonus
+    :param vf_coef: weight of the value loss, ``None`` where the critic is not part of this loss
+    :param kl_coef: beta, weight of the KL penalty
+    :param hinge_coef: weight of the hinge on the mean KL
+    :param hinge_kl: the mean KL from which on the hinge acts, in nats
+    """
+
+    clip_range: float | None
+    clip_range_vf: float | None
+    normalize_advantage: bool
+    ent_coef: float
+    vf_coef: float | None
+    kl_coef: float
+    hinge_coef: float
+    hinge_kl: float
+
+    @property
+    def penalizes_kl(self) -> bool:
+        """Whether the loss has a KL penalty."""
+        return self.kl_coef > 0 or self.hinge_coef > 0
+
+
+class Evaluation(NamedTuple):
+    """
+    What the current policy says of the ``b`` samples of a minibatch.
+
+    :param values: of the states, shape (b,)
+    :param log_prob: of the actions, shape (b,)
+    :param entropy: of the action distributions, shape (b,), ``None`` if no closed form is known
+    :param kl: exact KL(old || new), shape (b,), in nats, ``None`` if it is not known
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    kl: th.Tensor | None
+
+
+class Samples(NamedTuple):
+    """
+    What the rollout says of the ``b`` samples of a minibatch; every tensor is of shape (b,).
+
+    :param old_values: the old critic's values of the states
+    :param old_log_prob: the old policy's log-probabilities of the actions
+    :param advantages: the actions' advantages
+    :param returns: targets of the critic
+    """
+
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+
+
+def normalize(advantages: th.Tensor) -> th.Tensor:
+    """
+    Advantages with mean 0 and standard deviation 1 within the minibatch; a single one stays as it is (SB3 issue #325).
+
+    :param advantages: shape (b,)
+    :return: shape (b,)
+    """
+    if len(advantages) == 1:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
+    """
+    The conservative policy iteration objective of eq. 6, to be maximised: E[r A].
+
+    :param ratio: r = pi_new(a|s) / pi_old(a|s), shape (b,)
+    :param advantages: A, shape (b,)
+    :return: shape ()
+    """
+    return (advantages * ratio).mean()
+
+
+def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
+    """
+    The clipped surrogate objective of eq. 7, to be maximised: E[min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)].
+
+    :param ratio: r = pi_new(a|s) / pi_old(a|s), shape (b,)
+    :param advantages: A, shape (b,)
+    :param clip_range: epsilon
+    :return: shape ()
+    """
+    return th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range)).mean()
+
+
+def kl_penalty(kl: th.Tensor, coefs: Coefficients) -> th.Tensor:
+    """
+    The KL penalty of eq. 8, to be minimised: beta E[KL(old || new)], and the hinge of modular_rl and TF-Agents.
+
+    :param kl: shape (b,), in nats
+    :param coefs: beta, the hinge's weight and threshold
+    :return: shape ()
+    """
+    mean_kl = kl.mean()
+    penalty = coefs.kl_coef * mean_kl
+    if coefs.hinge_coef > 0:
+        penalty = penalty + coefs.hinge_coef * F.relu(mean_kl - coefs.hinge_kl).pow(2)
+    return penalty
+
+
+def value_loss(values: th.Tensor, samples: Samples, clip_range_vf: float | None) -> th.Tensor:
+    """
+    The squared error of eq. 9, to be minimised: E[(V(s) - return)^2], V clipped to the old one's vicinity if wanted.
+
+    :param values: V(s), shape (b,)
+    :param samples: returns and old values
+    :param clip_range_vf: how far V may move from its old value before the gradient ends, ``None`` for any distance
+    :return: shape ()
+    """
+    if clip_range_vf is not None:
+        values = samples.old_values + th.clamp(values - samples.old_values, -clip_range_vf, clip_range_vf)
+    return F.mse_loss(samples.returns, values)
+
+
+def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
+    """
+    The negative entropy bonus of eq. 9, to be minimised: -E[S(pi)].
+
+    :param entropy: shape (b,), ``None`` if no closed form is known
+    :param log_prob: shape (b,), whose negative mean estimates the entropy in that case
+    :return: shape ()
+    """
+    if entropy is None:
+        return -th.mean(-log_prob)
+    return -th.mean(entropy)
+
+
+def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients) -> tuple[th.Tensor, Metrics]:
+    """
+    The whole loss, to be minimised: -surrogate - ent_coef S + vf_coef value loss + KL penalty (eqs. 7 to 9).
+
+    :param new: the current policy's view of the minibatch
+    :param samples: the rollout's view of it
+    :param coefs: the coefficients in effect
+    :return: the loss, shape (), with its gradient's graph; and detached metrics, each of shape ()
+    """
+    advantages = normalize(samples.advantages) if coefs.normalize_advantage else samples.advantages
+    log_ratio = new.log_prob - samples.old_log_prob
+    ratio = th.exp(log_ratio)
+
+    if coefs.clip_range is None:
+        policy_loss = -surrogate(ratio, advantages)
+    else:
+        policy_loss = -clipped_surrogate(ratio, advantages, coefs.clip_range)
+    negative_entropy = entropy_loss(new.entropy, new.log_prob)
+    loss = policy_loss + coefs.ent_coef * negative_entropy
+    metrics = {"policy_loss": policy_loss, "entropy_loss": negative_entropy, "approx_kl": k3(log_ratio.detach()).mean()}
+
+    if coefs.vf_coef is not None:
+        metrics["value_loss"] = value_loss(new.values, samples, coefs.clip_range_vf)
+        loss = loss + coefs.vf_coef * metrics["value_loss"]
+    if coefs.penalizes_kl:
+        assert new.kl is not None
+        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs)
+        loss = loss + metrics["kl_penalty_loss"]
+    if new.kl is not None:
+        metrics["kl"] = new.kl.mean()
+    if coefs.clip_range is not None:
+        metrics["clip_fraction"] = th.mean((th.abs(ratio - 1) > coefs.clip_range).float())
+
+    metrics["loss"] = loss
+    return loss, {name: metric.detach() for name, metric in metrics.items()}

@@ -1,0 +1,456 @@
+"""PPO with a clipped surrogate, a fixed or an adaptive KL penalty, both or neither, as a drop-in for SB3's PPO."""
+
+import io
+import pathlib
+import warnings
+from typing import Any, TypeVar
+
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+
+from sb3_ppo_variants.arguments import (
+    check_choice,
+    check_coefficient,
+    check_finite,
+    check_non_negative,
+    check_not_nan,
+    check_positive,
+    check_positive_int,
+    current_value,
+    parse_schedule,
+)
+from sb3_ppo_variants.callbacks import UpdateHooks
+from sb3_ppo_variants.critic import critic_parameters, shares_parameters
+from sb3_ppo_variants.engines import ENGINES, EagerEngine
+from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
+from sb3_ppo_variants.logs import log_update
+from sb3_ppo_variants.losses import Coefficients
+from sb3_ppo_variants.rollout import minibatches
+from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
+from sb3_ppo_variants.update import UpdateStats
+
+SelfPPO = TypeVar("SelfPPO", bound="PPO")
+
+
+class PPO(stable_baselines3.PPO):
+    """
+    Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347).
+
+    With its defaults it is ``stable_baselines3.PPO``, to the last bit on CPU. ``clip_range`` and ``kl_coef`` choose the
+    objective: clipped surrogate (eq. 7), KL penalty (eq. 8) with a fixed or an adaptive coefficient, both, or neither.
+
+    All arguments of ``stable_baselines3.PPO`` stand in its order and mean the same; listed here are those that take
+    more values, and, keyword-only, the new ones. Wherever a schedule is allowed, so is a string: ``"lin_0.2"`` falls
+    linearly from 0.2 to 0.
+
+    :param clip_range: epsilon of the clipped surrogate, a number or a schedule; ``None`` for no clipping
+    :param ent_coef: weight of the entropy bonus, a number or a schedule
+    :param vf_coef: weight of the value loss, a number or a schedule; without effect if ``n_value_epochs`` is given
+    :param kl_coef: beta, weight of the KL penalty: a number or a schedule for a fixed penalty (0 for none); ``"auto"``
+        or ``"auto_0.5"`` for an adaptive one by the paper's rule (from the initial value 0.5 on); a dict of arguments
+        for :meth:`KLCoefController.from_rule`, or a :class:`KLCoefController`, for any other rule
+    :param kl_target: the exact KL(old || new) an update is to cause, in nats, summed over action dimensions and averaged
+        over states; the target of the adaptive penalty
+    :param n_value_epochs: ``None`` for SB3's joint update; else the number of passes over the rollout in which the
+        critic is trained, with an optimiser of its own, after the policy's ``n_epochs`` (OpenAI Spinning Up's scheme)
+    :param value_learning_rate: learning rate in those passes, a number or a schedule; ``None`` for ``learning_rate``
+    :param engine: how gradients are computed: ``"eager"`` (autograd) or ``"auto"`` (the fastest that applies)
+    :raises TypeError: if one of the new arguments is of the wrong type
+    :raises ValueError: if one of the new arguments has a value that is not allowed
+    """
+
+    clip_range: FloatSchedule | None  # type: ignore[assignment]
+    _kl_coef: FloatSchedule | KLCoefController
+    kl_coef_state: KLCoefState | None
+    """Beta in the next update, under an adaptive penalty; else ``None``."""
+    value_optimizer: th.optim.Optimizer | None
+    """The critic's own optimiser, if ``n_value_epochs`` is given; else ``None``."""
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | str | Schedule | None = 0.2,
+        clip_range_vf: float | str | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float | str | Schedule = 0.0,
+        vf_coef: float | str | Schedule = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        kl_coef: KLCoef = 0.0,
+        kl_target: float = 0.01,
+        n_value_epochs: int | None = None,
+        value_learning_rate: float | str | Schedule | None = None,
+        engine: str = "auto",
+    ) -> None:
+        self.kl_coef = kl_coef
+        self.kl_target = kl_target
+        self.n_value_epochs = n_value_epochs
+        self.value_learning_rate = value_learning_rate
+        self.engine = engine
+        self.kl_coef_state = None
+        self.value_optimizer = None
+        self._update_hooks = UpdateHooks()
+        self._exact_kl_known = True
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,  # type: ignore[arg-type]  # parsed below
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range=clip_range,  # type: ignore[arg-type]  # parsed below
+            clip_range_vf=clip_range_vf,  # type: ignore[arg-type]  # parsed below
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,  # type: ignore[arg-type]  # parsed below
+            vf_coef=vf_coef,  # type: ignore[arg-type]  # parsed below
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            target_kl=target_kl,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self._read_arguments()
+        if _init_setup_model:
+            self._setup_model()
+
+    def _read_arguments(self) -> None:
+        """Parse strings and check what SB3 doesn't; again after ``load``, which sets attributes without asking."""
+        for name in ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "value_learning_rate"):
+            setattr(self, name, parse_schedule(name, getattr(self, name)))
+        for name in ("clip_range", "clip_range_vf", "ent_coef", "vf_coef"):
+            check_not_nan(name, getattr(self, name))
+        for name in ("ent_coef", "vf_coef"):
+            if callable(getattr(self, name)):
+                check_coefficient(name, getattr(self, name), check_finite)
+        self._kl_coef = parse_kl_coef(self.kl_coef)
+        check_positive("kl_target", self.kl_target)
+        if self.n_value_epochs is not None:
+            check_positive_int("n_value_epochs", self.n_value_epochs)
+        if self.value_learning_rate is not None:
+            check_coefficient("value_learning_rate", self.value_learning_rate)
+            if self.n_value_epochs is None:
+                raise ValueError(
+                    f"`value_learning_rate` must be None unless `n_value_epochs` is given, not {self.value_learning_rate!r}"
+                )
+        check_choice("engine", self.engine, ENGINES)
+
+    def _setup_model(self) -> None:
+        self._read_arguments()
+        unclipped = self.clip_range is None
+        if unclipped:
+            self.clip_range = 0.0  # type: ignore[assignment]  # SB3 turns it into a schedule, which None can't be
+        super()._setup_model()
+        if unclipped:
+            self.clip_range = None
+        if isinstance(self._kl_coef, KLCoefController) or callable(self.kl_coef) or self.kl_coef:
+            check_exact_kl(self.policy, self.rollout_buffer)
+        self._setup_kl_coef_state()
+        self._setup_value_optimizer()
+
+    def _setup_kl_coef_state(self) -> None:
+        if not isinstance(self._kl_coef, KLCoefController):
+            self.kl_coef_state = None
+        elif self.kl_coef_state is None:
+            self.kl_coef_state = self._kl_coef.init()
+        else:
+            self.kl_coef_state = KLCoefState(*self.kl_coef_state)  # a saved one comes back as a plain list
+
+    def _setup_value_optimizer(self) -> None:
+        self.value_optimizer = None
+        if self.n_value_epochs is None:
+            return
+        parameters = critic_parameters(self.policy)
+        if shares_parameters(self.policy):
+            warnings.warn(
+                "`n_value_epochs` with a shared features extractor: the extractor is trained by the policy's loss alone. "
+                "Pass `policy_kwargs=dict(share_features_extractor=False)` for a critic with an extractor of its own.",
+                stacklevel=2,
+            )
+        self.value_optimizer = self.policy.optimizer_class(
+            parameters,
+            lr=self._value_learning_rate(),  # type: ignore[call-arg]
+            **self.policy.optimizer_kwargs,
+        )
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        # `learn` keeps the callback to itself, `train` has to know those with hooks for it.
+        initialized = super()._init_callback(callback, progress_bar)
+        self._update_hooks = UpdateHooks.of(initialized)
+        return initialized
+
+    def train(self) -> None:
+        """
+        One update: ``n_epochs`` passes over the rollout, then the critic's own, then the adaptation of beta.
+
+        What is computed stands in ``losses.py`` (loss), ``engines/`` (gradient) and ``kl_coef.py`` (beta).
+        """
+        check_positive_int("n_epochs", self.n_epochs)
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        coefs = self._current_coefficients()
+        trust_region = self._trust_region(coefs)
+        engine = EagerEngine(self.policy, self.action_space, coefs, self.max_grad_norm, trust_region)
+        stats = UpdateStats(coefs, trust_region)
+        self._update_hooks.on_update_start(self.num_timesteps)
+
+        while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
+            for minibatch in minibatches(self.rollout_buffer, self.batch_size):
+                loss, evaluation, metrics = engine.loss(minibatch)
+                stats.add_minibatch(minibatch, evaluation, metrics)
+                if not self._within_target_kl(stats):
+                    break
+                stats.add(engine.backward(loss))
+                if not self._update_hooks.on_minibatch(stats):
+                    break
+                self.policy.optimizer.step()
+                stats.gradient_steps += 1
+            else:
+                stats.epochs_completed += 1
+                self._update_hooks.on_epoch_end(stats)
+            self._n_updates += 1
+
+        self._train_critic(engine, stats)
+        if trust_region is not None:
+            stats.displacement = trust_region.measure()
+        log_update(self, stats)
+        self._adapt_kl_coef(stats)
+        self._update_hooks.on_update_end(stats)
+
+    def _train_critic(self, engine: EagerEngine, stats: UpdateStats) -> None:
+        """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
+        if stats.critic_stopped:
+            return
+        if self.value_optimizer is None:
+            optimizer, vf_coef = self.policy.optimizer, stats.coefs.vf_coef or 0.0
+            n_passes = self.n_epochs - stats.epochs_completed
+        else:
+            optimizer, vf_coef = self.value_optimizer, 1.0
+            n_passes = self.n_value_epochs or 0
+        parameters = critic_parameters(self.policy) if n_passes > 0 else []
+        for _ in range(n_passes):
+            for minibatch in minibatches(self.rollout_buffer, self.batch_size):
+                loss, metrics = engine.critic_loss(minibatch, vf_coef)
+                engine.backward(loss, parameters)
+                optimizer.step()
+                stats.add(metrics)
+
+    def _within_target_kl(self, stats: UpdateStats) -> bool:
+        """
+        SB3's early stop, before the step of the minibatch that trips it: its estimate, its factor, its message.
+
+        In a joint update it stops the critic too, as in SB3; the critic's own passes go on, as in Spinning Up.
+        """
+        approx_kl = stats.latest_array("approx_kl")
+        if self.target_kl is None or not approx_kl > 1.5 * self.target_kl:
+            return True
+        if self.verbose >= 1:
+            print(f"Early stopping at step {stats.epochs_completed} due to reaching max kl: {approx_kl:.2f}")
+        if self.value_optimizer is None:
+            stats.stop()
+        else:
+            stats.stop_policy()
+        return False
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate(self.policy.optimizer)
+        if self.value_optimizer is not None:
+            update_learning_rate(self.value_optimizer, self._value_learning_rate())
+            self.logger.record("train/value_learning_rate", self._value_learning_rate())
+
+    def _value_learning_rate(self) -> float:
+        if self.value_learning_rate is None:
+            return self.lr_schedule(self._current_progress_remaining)
+        return self._current("value_learning_rate")
+
+    def _current(self, name: str) -> float:
+        return current_value(name, getattr(self, name), self._current_progress_remaining)
+
+    def _current_coefficients(self) -> Coefficients:
+        """
+        The coefficients in effect in this update.
+
+        :raises ValueError: if a schedule returns what is not allowed
+        """
+        if isinstance(self._kl_coef, KLCoefController):
+            assert self.kl_coef_state is not None
+            kl_coef, hinge_coef = self.kl_coef_state.kl_coef, self._kl_coef.hinge_coef
+            hinge_kl = self._kl_coef.hinge_threshold * self.kl_target
+        else:
+            kl_coef = self._kl_coef(self._current_progress_remaining)
+            check_non_negative(f"kl_coef(progress_remaining={self._current_progress_remaining})", kl_coef)
+            hinge_coef, hinge_kl = 0.0, 0.0
+        return Coefficients(
+            clip_range=None if self.clip_range is None else self._current("clip_range"),
+            clip_range_vf=None if self.clip_range_vf is None else self._current("clip_range_vf"),
+            normalize_advantage=self.normalize_advantage,
+            ent_coef=self._current("ent_coef"),
+            vf_coef=None if self.n_value_epochs is not None else self._current("vf_coef"),
+            kl_coef=kl_coef,
+            hinge_coef=hinge_coef,
+            hinge_kl=hinge_kl,
+        )
+
+    def _trust_region(self, coefs: Coefficients) -> TrustRegion | None:
+        """The old policy over the rollout, ``None`` if its exact KL is not known and not needed either."""
+        if not self._exact_kl_known:
+            return None
+        try:
+            check_exact_kl(self.policy, self.rollout_buffer)
+            return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
+        except Exception as error:
+            if coefs.penalizes_kl:
+                raise
+            # A policy or buffer that SB3 trains with must train here too, even if it can't tell its exact KL.
+            self._exact_kl_known = False
+            warnings.warn(f"the exact KL is not logged: {error}", stacklevel=2)
+            return None
+
+    def _adapt_kl_coef(self, stats: UpdateStats) -> None:
+        if isinstance(self._kl_coef, KLCoefController):
+            assert self.kl_coef_state is not None
+            assert stats.displacement is not None
+            kl = stats.displacement.kl.mean().item()
+            self.kl_coef_state = self._kl_coef.update(self.kl_coef_state, kl=kl, kl_target=self.kl_target)
+
+    def learn(
+        self: SelfPPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPO:
+        try:
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            self._update_hooks = UpdateHooks()
+
+    def _excluded_save_params(self) -> list[str]:
+        # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
+        return [*super()._excluded_save_params(), "value_optimizer", "_kl_coef", "_update_hooks", "_exact_kl_known"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, *(["value_optimizer"] if self.value_optimizer is not None else [])], tensors
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        SB3's, except that the critic's own optimiser may be missing (it starts anew) or superfluous (it is left out).
+
+        So a model that was saved with a joint update can go on with passes for the critic, and the other way round.
+        """
+        if isinstance(load_path_or_dict, dict):
+            params = dict(load_path_or_dict)
+        else:
+            params = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
+        if self.value_optimizer is None:
+            params.pop("value_optimizer", None)
+        else:
+            params.setdefault("value_optimizer", self.value_optimizer.state_dict())  # type: ignore[arg-type]
+        super().set_parameters(params, exact_match=exact_match, device=device)
+
+    @classmethod
+    def load(
+        cls: type[SelfPPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfPPO:
+        """SB3's, for zips of SB3's PPO too; a ``kl_coef`` among ``kwargs`` starts anew, not from the saved beta."""
+        if "kl_coef" in kwargs:
+            kwargs.setdefault("kl_coef_state", None)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+
+class PPOKL(PPO):
+    """
+    :class:`PPO` with other defaults: no clipping, adaptive KL penalty (``clip_range=None, kl_coef="auto"``).
+
+    Parameters are those of :class:`PPO`, in its order.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | str | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | str | Schedule | None = None,
+        *args: Any,
+        kl_coef: KLCoef = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            n_steps,
+            batch_size,
+            n_epochs,
+            gamma,
+            gae_lambda,
+            clip_range,
+            *args,
+            kl_coef=kl_coef,
+            **kwargs,
+        )
+
+    def learn(
+        self: SelfPPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPOKL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPO:
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

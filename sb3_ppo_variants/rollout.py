@@ -1,0 +1,118 @@
+"""Reading SB3's rollout buffers in the order in which they hand out minibatches."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
+
+Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
+
+
+class Minibatch(NamedTuple):
+    """
+    One minibatch of ``b`` samples.
+
+    :param samples: as ``RolloutBuffer.get`` yields them
+    :param indices: where they stand in the flattened rollout, shape (b,), ``None`` if the buffer doesn't tell
+    """
+
+    samples: RolloutBufferSamples
+    indices: th.Tensor | None
+
+
+def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
+    """
+    ``buffer.get(batch_size)``, and where each minibatch comes from.
+
+    ``get`` draws the permutation and keeps it to itself, but SB3's buffers gather through ``_get_samples``: that is
+    listened to here, on the instance, so that users' own buffer classes work too and no random number is drawn.
+
+    :param buffer: a full rollout buffer
+    :param batch_size: samples a minibatch, the last one may have fewer
+    """
+    gathered: list[np.ndarray] = []
+    get_samples: Any = getattr(buffer, "_get_samples", None)
+
+    def listening_get_samples(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        gathered.append(batch_inds)
+        return get_samples(batch_inds, *args, **kwargs)
+
+    if get_samples is not None:
+        buffer._get_samples = listening_get_samples  # type: ignore[method-assign]
+    try:
+        for samples in buffer.get(batch_size):
+            yield Minibatch(samples, _verified(gathered.pop(), samples, buffer) if gathered else None)
+    finally:
+        buffer.__dict__.pop("_get_samples", None)
+
+
+def _verified(indices: np.ndarray, samples: RolloutBufferSamples, buffer: RolloutBuffer) -> th.Tensor | None:
+    """The indices, unless a user's own ``get`` has gathered in one order and yields in another."""
+    if type(buffer).get not in (RolloutBuffer.get, DictRolloutBuffer.get):
+        gathered = buffer.log_probs[indices].flatten()
+        if not np.array_equal(gathered, samples.old_log_prob.cpu().numpy()):
+            return None
+    return th.as_tensor(indices, device=buffer.device)
+
+
+def flat_observations(buffer: RolloutBuffer) -> Observations:
+    """
+    The observations in the order of the minibatches' indices.
+
+    :param buffer: a full rollout buffer, whether or not ``get`` has been called
+    :return: shape (n_steps * n_envs, *obs_shape), a dict of such arrays for Dict observations
+    """
+    if isinstance(buffer.observations, dict):
+        return {key: _flat(buffer, observations) for key, observations in buffer.observations.items()}
+    return _flat(buffer, buffer.observations)
+
+
+def flat_actions(buffer: RolloutBuffer, action_space: spaces.Space[Any]) -> th.Tensor:
+    """
+    The actions in the order of the minibatches' indices, as the policy takes them (:func:`policy_actions`).
+
+    :param buffer: a full rollout buffer, whether or not ``get`` has been called
+    :param action_space: of the environment
+    :return: shape (n_steps * n_envs, action_dim), without the last axis for Discrete
+    """
+    return policy_actions(buffer.to_torch(_flat(buffer, buffer.actions).astype(np.float32, copy=False)), action_space)
+
+
+def flat_log_probs(buffer: RolloutBuffer) -> th.Tensor:
+    """
+    The old policy's log-probabilities in the order of the minibatches' indices.
+
+    :param buffer: a full rollout buffer, whether or not ``get`` has been called
+    :return: shape (n_steps * n_envs,)
+    """
+    return buffer.to_torch(_flat(buffer, buffer.log_probs).flatten())
+
+
+def policy_actions(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:
+    """Actions as ``policy.evaluate_actions`` takes them: the buffer keeps Discrete ones as floats of shape (b, 1)."""
+    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
+
+
+def observation_chunks(buffer: RolloutBuffer, observations: Observations, chunk_size: int) -> Iterator[Any]:
+    """
+    Consecutive chunks of flat observations, as tensors on the buffer's device.
+
+    :param buffer: where they come from
+    :param observations: as :func:`flat_observations` returns them
+    :param chunk_size: observations a chunk, the last one may have fewer
+    """
+    n_states = buffer.buffer_size * buffer.n_envs
+    for start in range(0, n_states, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        if isinstance(observations, dict):
+            yield {key: buffer.to_torch(array[chunk]) for key, array in observations.items()}
+        else:
+            yield buffer.to_torch(observations[chunk])
+
+
+def _flat(buffer: RolloutBuffer, array: np.ndarray) -> np.ndarray:
+    return array if buffer.generator_ready else buffer.swap_and_flatten(array)

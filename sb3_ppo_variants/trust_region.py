@@ -1,0 +1,111 @@
+"""Where the old policy stood, state by state, and how far the current one has moved from it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_variants.kl import EXACT_KL, DistributionParams, distribution_params
+from sb3_ppo_variants.rollout import flat_actions, flat_log_probs, flat_observations, observation_chunks
+
+CHUNK_ELEMENTS = 2**20
+"""Numbers in a chunk of observations: large enough that overhead doesn't count, small beside the rollout itself."""
+
+
+class Displacement(NamedTuple):
+    """
+    How far the current policy is from the old one on each of the rollout's states.
+
+    :param kl: exact KL(old || new), shape (n_steps * n_envs,), in nats, summed over action dimensions
+    :param log_ratio: ln pi_new(a|s) - ln pi_old(a|s) of the actions taken, shape (n_steps * n_envs,)
+    """
+
+    kl: th.Tensor
+    log_ratio: th.Tensor
+
+
+class TrustRegion:
+    """
+    The old policy's distribution parameters on every state of the rollout, kept for the update.
+
+    They are evaluated anew from the stored observations at the start of the update, when the policy is still the old
+    one: of what the rollout collected, SB3 keeps the log-probabilities only.
+
+    :param policy: the policy, not yet updated
+    :param buffer: the full rollout buffer
+    :param action_space: of the environment
+    :param batch_size: a lower bound of the number of states evaluated at once
+    :raises TypeError: if no exact KL is known for the policy's distribution
+    """
+
+    old: DistributionParams
+
+    def __init__(
+        self, policy: ActorCriticPolicy, buffer: RolloutBuffer, action_space: spaces.Space[Any], batch_size: int
+    ) -> None:
+        self._policy = policy
+        self._buffer = buffer
+        self._action_space = action_space
+        self._chunk_size = max(batch_size, CHUNK_ELEMENTS // spaces.flatdim(buffer.observation_space))
+        with undisturbed(policy):
+            chunks = observation_chunks(buffer, flat_observations(buffer), self._chunk_size)
+            params = [distribution_params(policy.get_distribution(chunk)) for chunk in chunks]
+        self.old = type(params[0]).cat(params)
+
+    def measure(self) -> Displacement:
+        """How far the policy has moved by now; one forward pass of the actor over the rollout."""
+        actions = th.split(flat_actions(self._buffer, self._action_space), self._chunk_size)
+        params, log_probs = [], []
+        with undisturbed(self._policy):
+            chunks = observation_chunks(self._buffer, flat_observations(self._buffer), self._chunk_size)
+            for observations, chunk_actions in zip(chunks, actions, strict=True):
+                distribution = self._policy.get_distribution(observations)
+                params.append(distribution_params(distribution))
+                log_probs.append(distribution.log_prob(chunk_actions))
+            kl = self.old.kl_divergence(type(self.old).cat(params))
+            return Displacement(kl, th.cat(log_probs) - flat_log_probs(self._buffer))
+
+
+def check_exact_kl(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> None:
+    """
+    Check that the exact KL of a policy over a rollout can be known.
+
+    :raises ValueError: if it can't; the message names the argument at fault
+    """
+    if not isinstance(buffer, RolloutBuffer):
+        raise ValueError(
+            f"`rollout_buffer_class` lacks what the exact KL needs: it must be a subclass of RolloutBuffer, "
+            f"not {type(buffer).__name__}"
+        )
+    if not hasattr(policy, "get_distribution") or not isinstance(getattr(policy, "action_dist", None), EXACT_KL):
+        raise ValueError(
+            f"`policy` lacks what the exact KL needs: it must have `get_distribution` and an `action_dist` of "
+            f"{', '.join(kind.__name__ for kind in EXACT_KL)}, not {type(policy).__name__}"
+        )
+
+
+@contextmanager
+def undisturbed(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    Evaluate the policy in a way that training doesn't notice.
+
+    Without gradients and in evaluation mode, as during the rollout; modules' buffers and torch's random state are put
+    back, so that a custom network with either in its forward pass trains as it does under SB3.
+
+    :param policy: the policy that is evaluated in the block
+    """
+    training = policy.training
+    saved_buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    policy.set_training_mode(False)
+    try:
+        with th.no_grad(), th.random.fork_rng(devices):
+            yield
+    finally:
+        policy.set_training_mode(training)
+        for buffer, saved in saved_buffers:
+            buffer.copy_(saved)

@@ -34,7 +34,9 @@ class TinyCnn(BaseFeaturesExtractor):
     def __init__(self, observation_space: spaces.Box, features_dim: int = 16) -> None:
         super().__init__(observation_space, features_dim)
         n_channels = observation_space.shape[0]
-        self.layers = nn.Sequential(nn.Conv2d(n_channels, 4, 8, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, features_dim))
+        self.layers = nn.Sequential(
+            nn.Conv2d(n_channels, 4, 8, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, features_dim)
+        )
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return self.layers(observations)

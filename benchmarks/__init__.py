@@ -1,0 +1,1 @@
+"""Comparisons of the variants, each reproduced by one command."""

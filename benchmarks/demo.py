@@ -1,0 +1,53 @@
+"""
+Clip, fixed KL and adaptive KL on CartPole-v1, about three minutes on two cores.
+
+Run it with ``make demo`` or ``python -m benchmarks.demo``.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import learning_curves, table
+from benchmarks.runs import Run, train_all
+from benchmarks.variants import VARIANTS
+
+ENV_ID = "CartPole-v1"
+N_ENVS = 8
+ARGUMENTS = {"n_steps": 128, "batch_size": 256, "n_epochs": 10, "learning_rate": "lin_0.002"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Train, print a table, draw the curves, and say how to open TensorBoard.
+
+    :param arguments: of the command line
+    """
+    parser = argparse.ArgumentParser(description="Compare clip, fixed KL and adaptive KL on CartPole-v1.")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds a variant (default: %(default)s)")
+    parser.add_argument("--timesteps", type=int, default=150_000, help="time steps a run (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {options.seeds}")
+    if options.timesteps < 1:
+        parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
+
+    figure, tensorboard = options.output / "learning_curves.png", options.output / "tensorboard"
+    tensorboard.mkdir(parents=True, exist_ok=True)
+    runs = [
+        Run(ENV_ID, variant, seed, options.timesteps, N_ENVS, {**ARGUMENTS, **variant_arguments})
+        for seed in range(options.seeds)
+        for variant, variant_arguments in VARIANTS.items()
+    ]
+    print(f"Training {len(runs)} agents on {ENV_ID}: {', '.join(VARIANTS)}, {options.seeds} seeds each.")
+    results = train_all(runs, tensorboard)
+    learning_curves(results, figure)
+    print(f"\n{table(results)}\n")
+    print(f"{ENV_ID} is solved when the mean return of 100 training episodes in a row reaches 475.")
+    print(f"Learning curves: {figure}")
+    print(f"TensorBoard:     .venv/bin/tensorboard --logdir {tensorboard}   (then open http://localhost:6006)")
+
+
+if __name__ == "__main__":
+    main()

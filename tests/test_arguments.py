@@ -1,0 +1,223 @@
+"""Bad arguments of PPO are found on construction; each error names the argument, the value and what is allowed."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+
+from sb3_ppo_variants import PPO, PPOKL, GradientNoiseScaleCallback, KLEarlyStoppingCallback, TrustRegionLoggingCallback
+from sb3_ppo_variants.arguments import current_value, parse_schedule
+from tests.environments import RandomEnv
+
+
+def make(algorithm: type[PPO] = PPO, **kwargs: Any) -> PPO:
+    return algorithm("MlpPolicy", RandomEnv(), **{"n_steps": 8, "batch_size": 8, "device": "cpu", **kwargs})
+
+
+class NoRolloutBuffer:
+    """Takes what a rollout buffer takes, and is none."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"kl_coef": -1.0}, ValueError, r"`kl_coef` must be a finite number >= 0, not -1\.0"),
+        ({"kl_coef": math.nan}, ValueError, "`kl_coef` must be a finite number >= 0, not nan"),
+        ({"kl_coef": "auto_x"}, ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_x'"),
+        ({"kl_coef": [1.0]}, TypeError, r"`kl_coef` must be a finite number >= 0, not \[1\.0\] \(list\)"),
+        ({"kl_coef": lambda _: math.nan}, ValueError, r"`kl_coef\(progress_remaining=1\.0\)` must be .*, not nan"),
+        ({"kl_target": 0.0}, ValueError, r"`kl_target` must be a finite number > 0, not 0\.0"),
+        ({"kl_target": -0.01}, ValueError, r"`kl_target` must be a finite number > 0, not -0\.01"),
+        ({"kl_target": math.inf}, ValueError, "`kl_target` must be a finite number > 0, not inf"),
+        ({"kl_target": math.nan}, ValueError, "`kl_target` must be a finite number > 0, not nan"),
+        ({"kl_target": None}, TypeError, r"`kl_target` must be a finite number > 0, not None \(NoneType\)"),
+        ({"n_value_epochs": 0}, ValueError, "`n_value_epochs` must be an integer >= 1, not 0"),
+        ({"n_value_epochs": -3}, ValueError, "`n_value_epochs` must be an integer >= 1, not -3"),
+        ({"n_value_epochs": 2.0}, TypeError, r"`n_value_epochs` must be an integer >= 1, not 2\.0 \(float\)"),
+        ({"n_value_epochs": True}, TypeError, r"`n_value_epochs` must be an integer >= 1, not True \(bool\)"),
+        ({"value_learning_rate": 1e-3}, ValueError, "`value_learning_rate` must be None unless `n_value_epochs` is given"),
+        (
+            {"value_learning_rate": -1e-3, "n_value_epochs": 1},
+            ValueError,
+            r"`value_learning_rate` must be a finite number >= 0, not -0\.001",
+        ),
+        ({"engine": "jit"}, ValueError, "`engine` must be one of 'auto', 'eager', not 'jit'"),
+        ({"engine": None}, TypeError, "`engine` must be one of 'auto', 'eager', not None"),
+        ({"ent_coef": "lin_x"}, ValueError, r"`ent_coef` must be a number, a schedule or a string .*, not 'lin_x'"),
+        (
+            {"ent_coef": lambda _: math.nan},
+            ValueError,
+            r"`ent_coef\(progress_remaining=1\.0\)` must be .*, not nan",
+        ),
+        ({"vf_coef": lambda _: None}, TypeError, r"`vf_coef\(progress_remaining=1\.0\)` must be a finite number, not None"),
+        ({"ent_coef": math.nan}, ValueError, "`ent_coef` must be a number, not nan"),
+        ({"vf_coef": math.nan}, ValueError, "`vf_coef` must be a number, not nan"),
+        ({"clip_range": math.nan}, ValueError, "`clip_range` must be a number, not nan"),
+        ({"clip_range": "0.2"}, ValueError, r"`clip_range` must be a number, a schedule or a string .*, not '0\.2'"),
+        ({"clip_range_vf": "lin_"}, ValueError, r"`clip_range_vf` must be a number, .*, not 'lin_'"),
+        ({"learning_rate": "lin_-1"}, ValueError, r"`learning_rate` must be a number, .*, not 'lin_-1'"),
+        (
+            {"kl_coef": 1.0, "rollout_buffer_class": NoRolloutBuffer},
+            ValueError,
+            "`rollout_buffer_class` lacks what .* needs: it must be a subclass of RolloutBuffer, not NoRolloutBuffer",
+        ),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("callback", "kwargs", "error", "message"),
+    [
+        (KLEarlyStoppingCallback, {"target": 0}, ValueError, "`target` must be a finite number > 0, not 0"),
+        (KLEarlyStoppingCallback, {"target": "0.01"}, TypeError, r"`target` must be a finite number > 0, not '0\.01' \(str\)"),
+        (KLEarlyStoppingCallback, {"factor": math.inf}, ValueError, "`factor` must be a finite number > 0, not inf"),
+        (KLEarlyStoppingCallback, {"per": "step"}, ValueError, "`per` must be one of 'minibatch', 'epoch', not 'step'"),
+        (
+            KLEarlyStoppingCallback,
+            {"estimator": "k4"},
+            ValueError,
+            "`estimator` must be one of 'exact', 'k1', 'k2', 'k3', not 'k4'",
+        ),
+        (KLEarlyStoppingCallback, {"stop": "critic"}, ValueError, "`stop` must be one of 'both', 'policy', not 'critic'"),
+        (KLEarlyStoppingCallback, {"restore": 1}, TypeError, r"`restore` must be True or False, not 1 \(int\)"),
+        (TrustRegionLoggingCallback, {"histogram_freq": 0}, ValueError, "`histogram_freq` must be an integer >= 1, not 0"),
+        (GradientNoiseScaleCallback, {"decay": 1.0}, ValueError, r"`decay` must be a number from 0 to less than 1, not 1\.0"),
+    ],
+)
+def test_bad_arguments_of_callbacks(callback: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        callback(**kwargs)
+
+
+def test_a_policy_without_an_exact_kl_is_refused_for_a_kl_penalty_only() -> None:
+    class Opaque(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            self.action_dist = object()  # type: ignore[assignment]
+
+    def build(**kwargs: Any) -> PPO:
+        return PPO(Opaque, RandomEnv(), n_steps=8, batch_size=8, device="cpu", **kwargs)
+
+    build()
+    with pytest.raises(ValueError, match=r"`policy` lacks what the exact KL needs: .* not Opaque"):
+        build(kl_coef="auto")
+
+
+def test_a_policy_whose_critic_is_not_known_is_refused_for_passes_of_its_own_only() -> None:
+    class Headless(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            self.critic = self.value_net
+            del self.value_net
+
+    def build(**kwargs: Any) -> PPO:
+        return PPO(Headless, RandomEnv(), n_steps=8, batch_size=8, device="cpu", **kwargs)
+
+    build()
+    with pytest.raises(ValueError, match="which parameters are the critic's can't be told from Headless"):
+        build(n_value_epochs=1)
+
+
+def test_a_buffer_with_minibatches_of_its_own_is_refused_before_any_step() -> None:
+    class OwnOrder(RolloutBuffer):
+        def get(self, batch_size: int | None = None) -> Any:
+            samples = next(super().get(None))
+            for rows in th.arange(self.buffer_size).split(batch_size or 1):
+                yield type(samples)(*(tensor[rows] for tensor in samples))
+
+    model = make(PPOKL, batch_size=4, rollout_buffer_class=OwnOrder)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    with pytest.raises(ValueError, match="`rollout_buffer_class` lacks what the exact KL of `kl_coef` needs"):
+        model.learn(8)
+    assert all(map(th.equal, before, model.policy.parameters()))
+
+
+@pytest.mark.parametrize("name", ["clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef"])
+def test_a_schedule_that_turns_nan_is_found_before_any_step(name: str) -> None:
+    model = make(**{name: lambda progress: 0.1 if progress == 1.0 else math.nan})
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    with pytest.raises(ValueError, match=f"`{name}.*progress_remaining=0.0"):
+        model.learn(8)
+    assert all(map(th.equal, before, model.policy.parameters()))
+
+
+def test_arguments_given_to_load_are_checked_too(tmp_path: Any) -> None:
+    make().save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match="`kl_coef` must be a finite number >= 0, not -1"):
+        PPO.load(tmp_path / "model.zip", kl_coef=-1)
+    loaded = PPO.load(tmp_path / "model.zip", learning_rate="lin_0.5", clip_range=None, kl_coef="auto_2.0")
+    assert loaded.lr_schedule(0.5) == 0.25
+    assert loaded.clip_range is None
+    assert loaded.kl_coef_state == (2.0,)
+
+
+def test_zero_epochs_are_refused_by_the_update() -> None:
+    with pytest.raises(ValueError, match="`n_epochs` must be an integer >= 1, not 0"):
+        make(n_epochs=0).learn(8)
+
+
+@pytest.mark.parametrize("number", [1, 1.0, np.float32(1), np.float64(1), np.int64(1)])
+def test_numpy_numbers_are_numbers(number: Any) -> None:
+    make(kl_coef=number, kl_target=number)
+    make(n_value_epochs=np.int64(1))
+
+
+def test_what_sb3_accepts_is_accepted() -> None:
+    """Values that SB3 doesn't check, and that train in some way there, are no errors here."""
+    for kwargs in ({"clip_range": math.inf}, {"ent_coef": -0.1}, {"target_kl": -1.0}, {"vf_coef": 0}, {"max_grad_norm": 1}):
+        make(**kwargs).learn(8)
+
+
+def test_linear_schedules_fall_to_zero_and_are_sb3s_own() -> None:
+    schedule = parse_schedule("clip_range", "lin_0.2")
+    assert isinstance(schedule, LinearSchedule)
+    assert [schedule(1.0), schedule(0.5), schedule(0.0)] == [0.2, 0.1, 0.0]
+    model = make(learning_rate="lin_1e-3", clip_range="lin_0.2", clip_range_vf="lin_0.4", ent_coef="lin_0.01", vf_coef="lin_1")
+    assert model.lr_schedule(0.5) == 5e-4
+    assert isinstance(model.clip_range, FloatSchedule)
+    assert model.clip_range(0.5) == 0.1
+
+
+def test_current_value_of_numbers_and_schedules() -> None:
+    assert current_value("ent_coef", 0.5, 0.25) == 0.5
+    assert current_value("ent_coef", lambda progress: 2 * progress, 0.25) == 0.5
+
+
+def test_positional_arguments_are_sb3s() -> None:
+    """All of them, in SB3's order; the new ones are keyword-only."""
+    import inspect
+
+    import stable_baselines3
+
+    theirs = inspect.signature(stable_baselines3.PPO.__init__).parameters
+    ours = inspect.signature(PPO.__init__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert {name: parameter.default for name, parameter in theirs.items()} == {name: ours[name].default for name in theirs}
+    added = [parameter for name, parameter in ours.items() if name not in theirs]
+    assert {parameter.kind for parameter in added} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_ppokl_only_changes_defaults() -> None:
+    model = PPOKL("MlpPolicy", RandomEnv(), 1e-3, 16, 8, 3, 0.9, 0.8, 0.3, 0.4, False, 0.1, 0.7, device="cpu")
+    assert (model.learning_rate, model.n_steps, model.batch_size, model.n_epochs) == (1e-3, 16, 8, 3)
+    assert (model.gamma, model.gae_lambda, model.normalize_advantage) == (0.9, 0.8, False)
+    assert (model.ent_coef, model.vf_coef) == (0.1, 0.7)
+    assert isinstance(model.clip_range, FloatSchedule)
+    assert model.clip_range(1.0) == 0.3
+
+    default = make(PPOKL)
+    assert default.clip_range is None
+    assert default.kl_coef == "auto"
+    assert default.kl_target == 0.01
+    assert isinstance(default, PPO)

@@ -1,0 +1,349 @@
+"""The variants inside ``train()``: which KL, which beta when, the critic's own passes, and what each variant learns."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_ppo_variants import PPO, PPOKL, KLCoefController, UpdateCallback, UpdateStats
+from sb3_ppo_variants.critic import critic_parameters
+from tests.environments import ACTION_SPACES, RandomEnv
+from tests.test_parity import assert_same_tensors
+
+
+class Watch(UpdateCallback):
+    """Keeps the old policy, and each update's statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates: list[UpdateStats] = []
+        self.old_policies: list[dict[str, th.Tensor]] = []
+        self.kls: list[float] = []
+        self.logged: list[dict[str, Any]] = []
+
+    def _on_update_start(self) -> None:
+        self.old_policies.append({name: tensor.clone() for name, tensor in self.model.policy.state_dict().items()})
+
+    def _on_update_end(self, stats: UpdateStats) -> None:
+        assert stats.displacement is not None
+        self.updates.append(stats)
+        self.kls.append(stats.displacement.kl.mean().item())
+        self.logged.append(dict(self.model.logger.name_to_value))
+
+
+def make(algorithm: type[PPO] = PPO, observation: str = "box", action: str = "box", **kwargs: Any) -> PPO:
+    policy = "MultiInputPolicy" if observation == "dict" else "MlpPolicy"
+    env = make_vec_env(lambda: RandomEnv(observation, action), 2, seed=0)
+    return algorithm(policy, env, **{"n_steps": 24, "batch_size": 16, "n_epochs": 3, "seed": 0, "device": "cpu", **kwargs})
+
+
+def learn(model: PPO, n_updates: int = 1) -> Watch:
+    watch = Watch()
+    model.learn(n_updates * model.n_steps * model.n_envs, callback=watch)
+    return watch
+
+
+def trained(**kwargs: Any) -> dict[str, th.Tensor]:
+    """The policy's state after two updates."""
+    model = make(**kwargs)
+    learn(model, 2)
+    return dict(model.policy.state_dict())
+
+
+@pytest.mark.parametrize("observation", ["box", "discrete", "dict"])
+@pytest.mark.parametrize("action", ACTION_SPACES)
+def test_kl_is_exact_post_update_and_over_the_whole_rollout(observation: str, action: str) -> None:
+    """By an independent route: both policies evaluated on the whole rollout by torch's own kl_divergence."""
+    model = make(PPOKL, observation, action)
+    watch = learn(model)
+    observations = model.rollout_buffer.observations
+    tensors = (
+        {key: th.as_tensor(array) for key, array in observations.items()}
+        if isinstance(observations, dict)
+        else th.as_tensor(observations)
+    )
+    new_policy = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    with th.no_grad():
+        params = []
+        for state in (watch.old_policies[0], new_policy):
+            model.policy.load_state_dict(state)
+            distribution = model.policy.get_distribution(tensors)
+            # A new object with its own inner distribution: the policy reuses one.
+            params.append(type(distribution).__new__(type(distribution)))
+            params[-1].__dict__.update(distribution.__dict__)
+        expected = kl_divergence(*params)
+    expected = expected.sum(dim=1) if expected.ndim == 2 else expected
+    displacement = watch.updates[0].displacement
+    assert displacement is not None
+    assert expected.mean() > 1e-5
+    th.testing.assert_close(displacement.kl, expected, rtol=1e-4, atol=1e-6)
+    assert watch.logged[0]["train/kl"] == displacement.kl.mean().item()
+    assert watch.logged[0]["train/kl_max"] == displacement.kl.max().item()
+
+
+@pytest.mark.parametrize("squash_output", [False, True])
+def test_kl_with_gsde(squash_output: bool) -> None:
+    model = make(PPOKL, use_sde=True, policy_kwargs={"squash_output": squash_output})
+    watch = learn(model, 2)
+    assert all(math.isfinite(kl) and kl > 0 for kl in watch.kls)
+    assert watch.updates[0].series("kl_penalty_loss").max() > 0
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"kl_coef": 3.0}, {"clip_range": None}])
+def test_the_displacement_is_in_the_order_of_the_rollout(kwargs: dict[str, Any]) -> None:
+    """The log-ratios belong to the buffer's own actions and log-probabilities."""
+    model = make(**kwargs)
+    watch = learn(model)
+    buffer = model.rollout_buffer
+    with th.no_grad():
+        _, log_prob, _ = model.policy.evaluate_actions(th.as_tensor(buffer.observations), th.as_tensor(buffer.actions))
+    displacement = watch.updates[0].displacement
+    assert displacement is not None
+    expected = log_prob - th.as_tensor(buffer.log_probs.flatten())
+    th.testing.assert_close(displacement.log_ratio, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_know_where_they_come_from() -> None:
+    class Check(Watch):
+        n_checked = 0
+
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            samples, indices = stats.minibatch
+            assert indices is not None
+            buffer = self.model.rollout_buffer
+            np.testing.assert_array_equal(buffer.observations[indices], samples.observations)
+            np.testing.assert_array_equal(buffer.log_probs.flatten()[indices], samples.old_log_prob)
+            self.n_checked += 1
+            return True
+
+    check = Check()
+    make().learn(48, callback=check)
+    assert check.n_checked == 9
+
+
+def test_kl_of_the_first_minibatch_is_zero() -> None:
+    """Before the first step the policy is the old one; its parameters are evaluated in batches of another size."""
+    assert learn(make(PPOKL)).updates[0].series("kl")[0] == pytest.approx(0, abs=1e-10)
+
+
+def test_beta_of_an_update_comes_from_the_updates_before_it() -> None:
+    """The paper's rule, replayed by hand on the logged KLs: in effect in update n + 1, not in n."""
+    model = make(PPOKL, learning_rate=3e-3)
+    watch = learn(model, 6)
+    beta = 1.0
+    for kl, logged in zip(watch.kls, watch.logged, strict=True):
+        assert logged["train/kl_coef"] == beta
+        if kl < 0.01 / 1.5:
+            beta /= 2
+        elif kl > 0.01 * 1.5:
+            beta *= 2
+    assert model.kl_coef_state == (beta,)
+    assert len({logged["train/kl_coef"] for logged in watch.logged}) > 1
+
+
+def test_logged_penalty_is_beta_times_kl() -> None:
+    stats = learn(make(clip_range=None, kl_coef=3.0)).updates[0]
+    np.testing.assert_allclose(stats.series("kl_penalty_loss"), 3 * stats.series("kl"), rtol=1e-6)
+    assert stats.series("kl")[1:].min() > 0
+
+
+def test_a_fixed_beta_can_follow_a_schedule() -> None:
+    watch = learn(make(kl_coef="lin_4.0"), 4)
+    assert [logged["train/kl_coef"] for logged in watch.logged] == [3.0, 2.0, 1.0, 0.0]
+
+
+def test_entropy_and_value_coefficients_can_follow_schedules() -> None:
+    watch = learn(make(ent_coef="lin_0.4", vf_coef=lambda progress: 1 + progress), 2)
+    assert [(update.coefs.ent_coef, update.coefs.vf_coef) for update in watch.updates] == [(0.2, 1.5), (0.0, 1.0)]
+
+
+def test_a_larger_beta_keeps_the_policy_closer() -> None:
+    kls = [learn(make(clip_range=None, kl_coef=beta, learning_rate=1e-2, n_epochs=10)).kls[0] for beta in (0.0, 1.0, 10.0)]
+    assert kls[0] > 1.5 * kls[1] > 1.5 * 1.5 * kls[2]
+
+
+def test_a_zero_beta_and_no_penalty_train_the_same_bits() -> None:
+    states = [trained(kl_coef=beta) for beta in (0.0, lambda progress: 0.0)]
+    assert_same_tensors(*states)
+
+
+def test_an_infinite_clip_range_and_none_train_the_same_bits() -> None:
+    states = [trained(clip_range=clip_range, learning_rate=1e-2) for clip_range in (math.inf, None)]
+    assert_same_tensors(*states)
+
+
+def test_without_clipping_nothing_about_clipping_is_logged() -> None:
+    logged = learn(make(clip_range=None)).logged[0]
+    assert not {"train/clip_range", "train/clip_fraction"} & logged.keys()
+
+
+def test_the_hinge_acts_beyond_its_threshold() -> None:
+    kwargs: dict[str, Any] = {"clip_range": None, "learning_rate": 1e-2, "n_epochs": 10}
+    without = learn(make(kl_coef=KLCoefController(initial=1e-6), **kwargs)).kls[0]
+    hinged = learn(make(kl_coef=KLCoefController(initial=1e-6, hinge_coef=1000.0), **kwargs)).kls[0]
+    assert without > 0.04
+    assert hinged < without / 1.5
+
+
+@pytest.mark.filterwarnings("ignore:kl_coef is saturated")
+def test_saturated_beta_warns_and_training_goes_on() -> None:
+    model = make(PPOKL, kl_coef={"initial": 1.0, "minimum": 0.9, "maximum": 1.1})
+    learn(model, 3)
+    assert model.kl_coef_state is not None
+    assert model.kl_coef_state.kl_coef in (0.9, 1.0, 1.1)
+
+
+def test_the_critics_own_passes() -> None:
+    """In the policy's passes the critic stands still, in its own passes only it moves, by its own optimiser."""
+
+    class Phases(Watch):
+        def _on_epoch_end(self, stats: UpdateStats) -> bool:
+            self.after_policy = {name: tensor.clone() for name, tensor in self.model.policy.state_dict().items()}
+            return True
+
+    model = make(n_value_epochs=5, value_learning_rate=1e-2)
+    critics = {"value_net.weight", "value_net.bias"} | {
+        name for name in model.policy.state_dict() if "mlp_extractor.value_net" in name
+    }
+    own = {id(parameter) for parameter in critic_parameters(model.policy)}
+    assert {name for name, parameter in model.policy.named_parameters() if id(parameter) in own} == critics
+
+    phases = Phases()
+    model.learn(48, callback=phases)
+    for name, after in model.policy.state_dict().items():
+        before, between = phases.old_policies[0][name], phases.after_policy[name]
+        assert th.equal(before, between) == (name in critics)
+        assert th.equal(between, after) == (name not in critics)
+
+    assert model.value_optimizer is not None
+    steps = {int(state["step"]) for state in model.value_optimizer.state.values()}
+    assert steps == {5 * 3}
+    assert model.value_optimizer.param_groups[0]["lr"] == 1e-2
+    assert model.value_optimizer.param_groups[0]["eps"] == 1e-5
+    assert phases.logged[0]["train/value_learning_rate"] == 1e-2
+    assert len(phases.updates[0].series("value_loss")) == 5 * 3
+    assert len(phases.updates[0].series("policy_loss")) == 3 * 3
+
+
+def test_the_critics_own_passes_lower_its_loss() -> None:
+    losses = learn(make(n_value_epochs=40, batch_size=48, value_learning_rate=1e-2)).updates[0].series("value_loss")
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_critics_learning_rate_is_the_policys_unless_given() -> None:
+    model = make(n_value_epochs=1, learning_rate="lin_0.1")
+    learn(model, 2)
+    assert model.value_optimizer is not None
+    assert model.value_optimizer.param_groups[0]["lr"] == model.policy.optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_target_kl_stops_the_policy_but_not_the_critics_own_passes() -> None:
+    stats = learn(make(n_value_epochs=4, target_kl=1e-9, n_epochs=3)).updates[0]
+    assert stats.epochs_completed == 0
+    assert len(stats.series("value_loss")) == 4 * 3
+
+
+def test_a_shared_extractor_is_warned_about_and_left_to_the_policy() -> None:
+    kwargs: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu", "n_value_epochs": 2}
+    with pytest.warns(UserWarning, match="shared features extractor: the extractor is trained by the policy's loss alone"):
+        model = PPO("CnnPolicy", RandomEnv("image", "discrete"), **kwargs)
+    extractor = {id(parameter) for parameter in model.policy.features_extractor.parameters()}
+    assert not extractor & {id(parameter) for parameter in critic_parameters(model.policy)}
+    model.learn(16)
+
+    apart = PPO("CnnPolicy", RandomEnv("image", "discrete"), policy_kwargs={"share_features_extractor": False}, **kwargs)
+    own = {id(parameter) for parameter in critic_parameters(apart.policy)}
+    assert {id(parameter) for parameter in apart.policy.vf_features_extractor.parameters()} < own
+    apart.learn(16)
+
+
+def test_an_exact_kl_that_fails_in_clip_mode_is_a_warning_once() -> None:
+    model = make()
+
+    def no_distribution(observations: Any) -> Any:
+        raise NotImplementedError("not for this policy")
+
+    model.policy.get_distribution = no_distribution  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="the exact KL is not logged: not for this policy") as warnings:
+        model.learn(96)
+    assert len(warnings) == 1
+    assert "train/kl" not in model.logger.name_to_value
+    assert "train/approx_kl" in model.logger.name_to_value
+
+    penalized = make(PPOKL)
+    penalized.policy.get_distribution = no_distribution  # type: ignore[method-assign]
+    with pytest.raises(NotImplementedError, match="not for this policy"):
+        penalized.learn(48)
+
+
+def test_an_evaluation_of_ones_own_is_asked_for_its_distribution() -> None:
+    """A policy whose ``evaluate_actions`` leaves ``action_dist`` alone trains with the same KL as one that fills it."""
+    from tests.test_parity import OwnEvaluation
+
+    series = []
+    for policy in (OwnEvaluation, "MlpPolicy"):
+        env = make_vec_env(RandomEnv, 2, seed=0)
+        model = PPOKL(policy, env, n_steps=24, batch_size=16, n_epochs=3, seed=0, device="cpu")
+        series.append(learn(model).updates[0].series("kl"))
+    np.testing.assert_array_equal(series[0], series[1])
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_numbers_of_steps_and_epochs() -> None:
+    watch = learn(make(batch_size=20, n_epochs=4), 2)  # minibatches of 20, 20 and 8
+    assert [logged["train/gradient_steps"] for logged in watch.logged] == [12, 12]
+    assert [logged["train/stopped_epoch"] for logged in watch.logged] == [4, 4]
+    assert watch.logged[-1]["train/n_updates"] == 8
+
+
+def test_gradient_norm_is_the_one_before_clipping() -> None:
+    class Norms(Watch):
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            norms = [parameter.grad.norm() for parameter in self.model.policy.parameters() if parameter.grad is not None]
+            clipped = float(th.stack(norms).norm())
+            assert clipped == pytest.approx(min(stats.latest("grad_norm"), 0.01), rel=1e-3)
+            return True
+
+    norms = Norms()
+    make(max_grad_norm=0.01).learn(48, callback=norms)
+    assert norms.logged[0]["train/grad_norm"] > 0.01
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "fixed-kl": {"clip_range": None, "kl_coef": 3.0},
+    "adaptive-kl": {"clip_range": None, "kl_coef": "auto"},
+    "clip-and-adaptive-kl": {"kl_coef": "auto"},
+    "critic-apart": {"n_value_epochs": 10},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:kl_coef is saturated")
+def test_solves_cartpole(variant: str) -> None:
+    """Mean return of at least 475 over 20 episodes, gymnasium's definition of solved, after 70,000 steps."""
+    env = make_vec_env("CartPole-v1", 8, seed=1)
+    kwargs = {"n_steps": 128, "batch_size": 256, "n_epochs": 10, "learning_rate": "lin_0.002", **VARIANTS[variant]}
+    model = PPO("MlpPolicy", env, seed=1, device="cpu", **kwargs).learn(70_000)
+    mean_return, _ = evaluate_policy(model, make_vec_env("CartPole-v1", 1, seed=2), n_eval_episodes=20)
+    assert mean_return >= 475
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:kl_coef is saturated")
+def test_improves_on_pendulum(variant: str) -> None:
+    """From about -1200 for a random policy to better than -700, after 50,000 steps."""
+    env = make_vec_env("Pendulum-v1", 8, seed=1)
+    kwargs = {"n_steps": 256, "batch_size": 256, "gamma": 0.9, "learning_rate": 2e-3, **VARIANTS[variant]}
+    model = PPO("MlpPolicy", env, seed=1, device="cpu", **kwargs)
+    eval_env = make_vec_env("Pendulum-v1", 1, seed=2)
+    before, _ = evaluate_policy(model, eval_env, n_eval_episodes=10)
+    model.learn(50_000)
+    after, _ = evaluate_policy(model, eval_env, n_eval_episodes=10)
+    assert before < -900
+    assert after > -700

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import stable_baselines3
@@ -36,6 +37,7 @@ from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
+T = TypeVar("T")
 
 
 class PPO(stable_baselines3.PPO):
@@ -223,7 +225,7 @@ class PPO(stable_baselines3.PPO):
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         coefs = self._current_coefficients()
-        trust_region = self._trust_region(coefs)
+        trust_region = self._if_exact_kl_is_known(coefs, self._old_policy)
         engine = EagerEngine(self.policy, self.action_space, coefs, self.max_grad_norm, trust_region)
         stats = UpdateStats(coefs, trust_region)
         self._update_hooks.on_update_start(self.num_timesteps)
@@ -246,7 +248,7 @@ class PPO(stable_baselines3.PPO):
 
         self._train_critic(engine, stats)
         if trust_region is not None:
-            stats.displacement = trust_region.measure()
+            stats.displacement = self._if_exact_kl_is_known(coefs, trust_region.measure)
         log_update(self, stats)
         self._adapt_kl_coef(stats)
         self._update_hooks.on_update_end(stats)
@@ -325,19 +327,25 @@ class PPO(stable_baselines3.PPO):
             hinge_kl=hinge_kl,
         )
 
-    def _trust_region(self, coefs: Coefficients) -> TrustRegion | None:
-        """The old policy over the rollout, ``None`` if its exact KL is not known and not needed either."""
+    def _old_policy(self) -> TrustRegion:
+        check_exact_kl(self.policy, self.rollout_buffer)
+        return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
+
+    def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
+        """
+        What ``compute`` returns; without a KL penalty ``None``, and one warning, where it fails.
+
+        A policy or a buffer that SB3 trains with must train here too, even if it can't tell its exact KL.
+        """
         if not self._exact_kl_known:
             return None
         try:
-            check_exact_kl(self.policy, self.rollout_buffer)
-            return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
+            return compute()
         except Exception as error:
             if coefs.penalizes_kl:
                 raise
-            # A policy or buffer that SB3 trains with must train here too, even if it can't tell its exact KL.
             self._exact_kl_known = False
-            warnings.warn(f"the exact KL is not logged: {error}", stacklevel=2)
+            warnings.warn(f"the exact KL is not logged: {error}", stacklevel=3)
             return None
 
     def _adapt_kl_coef(self, stats: UpdateStats) -> None:

@@ -5,10 +5,11 @@ Run it with ``make demo`` or ``python -m benchmarks.demo``.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import learning_curves, table
+from benchmarks.report import table, write_report
 from benchmarks.runs import Run, train_all
 from benchmarks.variants import VARIANTS
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.timesteps < 1:
         parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
 
-    figure, tensorboard = options.output / "learning_curves.png", options.output / "tensorboard"
+    tensorboard = options.output / "tensorboard"
     tensorboard.mkdir(parents=True, exist_ok=True)
     runs = [
         Run(ENV_ID, variant, seed, options.timesteps, N_ENVS, {**ARGUMENTS, **variant_arguments})
@@ -42,11 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     print(f"Training {len(runs)} agents on {ENV_ID}: {', '.join(VARIANTS)}, {options.seeds} seeds each.")
     results = train_all(runs, tensorboard)
-    learning_curves(results, figure)
+    write_report(results, options.output)
     print(f"\n{table(results)}\n")
     print(f"{ENV_ID} is solved when the mean return of 100 training episodes in a row reaches 475.")
-    print(f"Learning curves: {figure}")
-    print(f"TensorBoard:     .venv/bin/tensorboard --logdir {tensorboard}   (then open http://localhost:6006)")
+    print(f"Learning curves: {options.output / 'learning_curves.png'}")
+    print(f"Raw results:     {options.output / 'report.md'}, episodes.csv and updates.csv beside it")
+    print(f"TensorBoard:     {_tensorboard_command()} --logdir {tensorboard}   (then open http://localhost:6006)")
+
+
+def _tensorboard_command() -> str:
+    """As it has to be typed in the shell that has started this Python."""
+    command = Path(sys.executable).with_name("tensorboard")
+    return str(command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command)
 
 
 if __name__ == "__main__":

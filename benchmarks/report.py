@@ -1,5 +1,6 @@
 """Tables and figures of results."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
+from benchmarks.provenance import provenance
 from benchmarks.runs import EPISODES, Result
 
 matplotlib.use("Agg")
@@ -43,6 +45,29 @@ def table(results: Sequence[Result]) -> str:
     return _markdown([header, *rows])
 
 
+def write_report(results: Sequence[Result], folder: Path) -> None:
+    """
+    Write everything about some results into a folder.
+
+    ``report.md`` (table, and where the results come from), ``learning_curves.png``, ``episodes.csv`` and
+    ``updates.csv`` (the raw results).
+
+    :param results: of all variants and seeds, of one environment
+    :param folder: an existing folder
+    """
+    for name in ("episodes", "updates"):
+        frames = {(result.run.env_id, result.run.variant, result.run.seed): getattr(result, name) for result in results}
+        raw = pd.concat(frames, names=["env_id", "variant", "seed", "row"]).droplevel("row")
+        raw.to_csv(folder / f"{name}.csv", float_format="%.6g")
+    learning_curves(results, folder / "learning_curves.png")
+    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
+    arguments = {result.run.variant: result.run.arguments for result in results}
+    variants = "\n".join(f"- {variant}: `{kwargs}`" for variant, kwargs in arguments.items())
+    title = f"# {results[0].run.env_id}: {', '.join(arguments)}"
+    text = f"{title}\n\n{table(results)}\n\n![Learning curves](learning_curves.png)\n\n{origin}\n\nArguments:\n\n{variants}\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
 def learning_curves(results: Sequence[Result], path: Path, n_points: int = 200) -> None:
     """
     Return, KL and beta against time steps, the mean of each variant's seeds with their range.
@@ -53,7 +78,7 @@ def learning_curves(results: Sequence[Result], path: Path, n_points: int = 200) 
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     steps = np.linspace(0, max(result.run.timesteps for result in results), n_points)
-    for color, (variant, group) in zip(COLORS, _by_variant(results).items(), strict=False):
+    for color, (variant, group) in zip(itertools.cycle(COLORS), _by_variant(results).items(), strict=False):
         returns = [_resampled(steps, result.episodes["timesteps"], _smoothed_returns(result)) for result in group]
         _band(axes[0], steps, returns, variant, color)
         for axis, column in ((axes[1], "kl"), (axes[2], "kl_coef")):

@@ -1,0 +1,46 @@
+"""Where results come from: command, commit, versions, machine."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("sb3-ppo-variants", "stable-baselines3", "gymnasium", "torch", "numpy")
+
+
+def provenance() -> dict[str, str]:
+    """What a reader needs to know to reproduce the results of the running command."""
+    module = sys.modules["__main__"].__spec__
+    command = ["python", "-m", module.name] if module is not None else ["python", Path(sys.argv[0]).name]
+    return {
+        "command": shlex.join([*command, *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]),
+        "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout, with a note if there are changes on top of it."""
+    root = Path(__file__).parents[1]
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + (" with uncommitted changes" if changes else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

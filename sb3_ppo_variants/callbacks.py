@@ -241,28 +241,28 @@ class TrustRegionLoggingCallback(UpdateCallback):
     :raises ValueError: if ``histogram_freq`` is less than 1
     """
 
-    LAYOUT: ClassVar[dict[str, dict[str, list[Any]]]] = {
+    LAYOUT: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
         "trust region": {
-            "KL(old || new) after the update": ["Multiline", ["train/kl", "train/approx_kl"]],
-            "KL(old || new) after the update, largest of all states": ["Multiline", ["train/kl_max"]],
-            "KL(old || new) epoch by epoch": ["Multiline", ["train/kl_per_epoch"]],
-            "KL coefficient": ["Multiline", ["train/kl_coef"]],
-            "clip fraction": ["Multiline", ["train/clip_fraction"]],
-            "gradient norm": ["Multiline", ["train/grad_norm"]],
-            "epochs completed": ["Multiline", ["train/stopped_epoch"]],
-            "gradient steps": ["Multiline", ["train/gradient_steps"]],
+            "KL(old || new) after the update": ("train/kl", "train/approx_kl"),
+            "KL(old || new) after the update, largest of all states": ("train/kl_max",),
+            "KL(old || new) epoch by epoch": ("train/kl_per_epoch",),
+            "KL coefficient": ("train/kl_coef",),
+            "clip fraction": ("train/clip_fraction",),
+            "gradient norm": ("train/grad_norm",),
+            "epochs completed": ("train/stopped_epoch",),
+            "gradient steps": ("train/gradient_steps",),
         },
         "losses": {
-            "policy": ["Multiline", ["train/policy_gradient_loss"]],
-            "value": ["Multiline", ["train/value_loss"]],
-            "entropy": ["Multiline", ["train/entropy_loss"]],
-            "KL penalty": ["Multiline", ["train/kl_penalty_loss"]],
-            "sum": ["Multiline", ["train/loss"]],
-            "explained variance": ["Multiline", ["train/explained_variance"]],
+            "policy": ("train/policy_gradient_loss",),
+            "value": ("train/value_loss",),
+            "entropy": ("train/entropy_loss",),
+            "KL penalty": ("train/kl_penalty_loss",),
+            "sum": ("train/loss",),
+            "explained variance": ("train/explained_variance",),
         },
         "return": {
-            "episode return": ["Multiline", ["rollout/ep_rew_mean", "eval/mean_reward"]],
-            "episode length": ["Multiline", ["rollout/ep_len_mean", "eval/mean_ep_length"]],
+            "episode return": ("rollout/ep_rew_mean", "eval/mean_reward"),
+            "episode length": ("rollout/ep_len_mean", "eval/mean_ep_length"),
         },
     }
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = (
@@ -280,8 +280,13 @@ class TrustRegionLoggingCallback(UpdateCallback):
 
     def _init_callback(self) -> None:
         # Not in `_on_training_start`, which SB3 doesn't hand on to `EvalCallback(callback_on_new_best=...)`.
+        layout = {
+            # TensorBoard takes the keys for regular expressions, and `train/kl` would find `train/kl_coef` too.
+            category: {title: ["Multiline", [f"^{key}$" for key in keys]] for title, keys in charts.items()}
+            for category, charts in self.LAYOUT.items()
+        }
         for writer in tensorboard_writers(self.logger):
-            writer.add_custom_scalars(self.LAYOUT)
+            writer.add_custom_scalars(layout)
         hyperparameters = {"algorithm": type(self.model).__name__, "policy": self.model.policy_class.__name__}
         values = {name: _hyperparameter(getattr(self.model, name)) for name in self.HYPERPARAMETERS}
         hparam = HParam({**hyperparameters, **values}, dict.fromkeys(self.METRICS, 0.0))

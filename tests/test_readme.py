@@ -1,0 +1,48 @@
+"""The README's Python blocks run as they stand, but for shorter trainings; its tables name what exists."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from sb3_ppo_variants import PPO
+from tests.test_logs import OWN_KEYS, SB3_KEYS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{number}" for number in range(1, len(BLOCKS) + 1)])
+def test_python_blocks(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shortened, n_trainings = re.subn(r"total_timesteps=[\d_]+", "total_timesteps=4096", block)
+    assert n_trainings > 0
+    exec(compile(shortened, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_blocks_to_run() -> None:
+    assert len(BLOCKS) >= 4
+
+
+def test_the_table_explains_every_key() -> None:
+    explained = set(re.findall(r"`(\w+/[\w*]+)`", README))
+    assert {key for key in SB3_KEYS | OWN_KEYS if key.startswith("train/")} <= explained
+
+
+def test_every_new_argument_is_in_the_table() -> None:
+    table = README.split("| new argument |")[1].split("\n\n")[0]
+    keyword_only = [
+        name
+        for name, parameter in inspect.signature(PPO.__init__).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    assert keyword_only
+    assert all(f"`{name}`" in table for name in keyword_only)
+
+
+def test_links_to_files_are_not_dead() -> None:
+    targets = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert targets
+    for target in targets:
+        assert (Path(__file__).parents[1] / target).exists(), target

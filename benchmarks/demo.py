@@ -5,6 +5,7 @@ Run it with ``make demo`` or ``python -m benchmarks.demo``.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare clip, fixed KL and adaptive KL on CartPole-v1.")
     parser.add_argument("--seeds", type=int, default=3, help="seeds a variant (default: %(default)s)")
     parser.add_argument("--timesteps", type=int, default=150_000, help="time steps a run (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder of the results, replaces those of an earlier demo (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {options.seeds}")
@@ -35,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
 
     tensorboard = options.output / "tensorboard"
-    tensorboard.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tensorboard, ignore_errors=True)  # the curves of an earlier demo would mix with these
+    tensorboard.mkdir(parents=True)
     runs = [
         Run(ENV_ID, variant, seed, options.timesteps, N_ENVS, {**ARGUMENTS, **variant_arguments})
         for seed in range(options.seeds)

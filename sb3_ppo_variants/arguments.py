@@ -24,7 +24,8 @@ def check_real(name: str, value: Any, allowed: str, accepts: Callable[[float], b
     :raises ValueError: if it is NaN, infinite or not accepted
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be {allowed}, not {value!r} ({type(value).__name__})")
+        hint = " (YAML reads 1e-3 as a string, and 1.0e-3 as a number)" if isinstance(value, str) else ""
+        raise TypeError(f"`{name}` must be {allowed}, not {value!r} ({type(value).__name__}){hint}")
     number = float(value)
     if not math.isfinite(number) or not accepts(number):
         raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
@@ -44,16 +45,6 @@ def check_non_negative(name: str, value: Any) -> float:
 def check_finite(name: str, value: Any) -> float:
     """:func:`check_real` for any finite number."""
     return check_real(name, value, "a finite number", lambda number: True)
-
-
-def check_not_nan(name: str, value: Any) -> None:
-    """
-    Check that ``value`` is not NaN, whatever else it is.
-
-    :raises ValueError: if it is
-    """
-    if isinstance(value, Real) and math.isnan(value):
-        raise ValueError(f"`{name}` must be a number, not {value!r}")
 
 
 def check_positive_int(name: str, value: Any) -> int:
@@ -102,46 +93,47 @@ def parse_schedule(name: str, value: Any) -> Any:
 
     The schedule is SB3's own class, so that a saved model can be read without this package.
 
-    :raises ValueError: if ``value`` is any other string
+    :raises ValueError: if what stands after ``"lin_"`` is no finite number >= 0
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.startswith(LINEAR_PREFIX):
         return value
-    initial = value.removeprefix(LINEAR_PREFIX)
     try:
-        if initial == value:
-            raise ValueError
-        return LinearSchedule(check_non_negative(name, float(initial)), 0.0, 1.0)
+        return LinearSchedule(check_non_negative(name, float(value.removeprefix(LINEAR_PREFIX))), 0.0, 1.0)
     except ValueError as error:
-        raise ValueError(f"`{name}` must be a number, a schedule or a string such as 'lin_0.2', not {value!r}") from error
+        raise ValueError(f"`{name}` must be 'lin_' and a finite number >= 0 if it is a string, not {value!r}") from error
 
 
 def check_coefficient(name: str, value: Any, check: Callable[[str, Any], float] = check_non_negative) -> float | Schedule:
     """
-    Check a coefficient that is either a number or a schedule; a schedule is tried at the start of training.
+    Check a coefficient that is either a number or a schedule; a schedule is tried at the start and the end of training.
 
     :param name: the argument, for the error message
     :param value: a number, or a function of the progress remaining (1 at the start, 0 at the end)
     :param check: what the number, or the schedule's value, has to pass
     :return: the number as a float, or the schedule
     :raises TypeError: if it is neither a number nor callable, or the schedule returns no number
-    :raises ValueError: if the number, or the schedule's first value, is not allowed
+    :raises ValueError: if the number, or what the schedule returns, is not allowed
     """
     if not callable(value):
         return check(name, value)
-    check(f"{name}(progress_remaining=1.0)", value(1.0))
+    for progress_remaining in (1.0, 0.0):
+        current_value(name, value, progress_remaining, check)
     return value  # type: ignore[no-any-return]
 
 
-def current_value(name: str, value: Any, progress_remaining: float) -> float:
+def current_value(
+    name: str, value: Any, progress_remaining: float, check: Callable[[str, Any], float] = check_non_negative
+) -> Any:
     """
-    Today's value of a coefficient that is either a number or a schedule.
+    Today's value of a coefficient that is either a number, checked before, or a schedule.
 
     :param name: the argument, for the error message
     :param value: a number, or a function of the progress remaining
     :param progress_remaining: from 1 (start of training) to 0 (its end)
-    :raises ValueError: if it is NaN
+    :param check: what the schedule's value has to pass
+    :raises TypeError: if the schedule returns no number
+    :raises ValueError: if what the schedule returns is not allowed
     """
-    value = value(progress_remaining) if callable(value) else value
-    if math.isnan(value):
-        raise ValueError(f"`{name}` is NaN at progress_remaining={progress_remaining}, it must be a number")
-    return value  # type: ignore[no-any-return]
+    if not callable(value):
+        return value
+    return check(f"{name}(progress_remaining={progress_remaining})", value(progress_remaining))

@@ -1,6 +1,7 @@
 """Callbacks with hooks inside the update, and those that this package brings along."""
 
-from collections.abc import Iterator
+import math
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -44,6 +45,7 @@ class UpdateCallback(BaseCallback):
         if not hasattr(model, "_update_hooks"):
             algorithm = f"{type(model).__module__}.{type(model).__qualname__}"
             raise TypeError(f"{type(self).__name__} needs an algorithm of sb3_ppo_variants, not {algorithm}")
+        model._update_hooks.register(self)
         super().init_callback(model)
 
     def _on_step(self) -> bool:
@@ -85,19 +87,15 @@ class UpdateCallback(BaseCallback):
 
 
 class UpdateHooks:
-    """
-    Calls the hooks of some callbacks.
+    """Calls the hooks of the callbacks that have registered."""
 
-    :param callbacks: the callbacks, in the order of the calls
-    """
+    def __init__(self) -> None:
+        self._callbacks: list[UpdateCallback] = []
 
-    def __init__(self, callbacks: list[UpdateCallback] | None = None) -> None:
-        self._callbacks = callbacks or []
-
-    @classmethod
-    def of(cls, callback: BaseCallback) -> "UpdateHooks":
-        """Those of all callbacks with hooks in a tree of SB3's callbacks, which don't hand on hooks they don't know."""
-        return cls([found for found in _walk(callback, set()) if isinstance(found, UpdateCallback)])
+    def register(self, callback: UpdateCallback) -> None:
+        """Add a callback; one that stands in several places is called once."""
+        if callback not in self._callbacks:
+            self._callbacks.append(callback)
 
     def on_update_start(self, num_timesteps: int) -> None:
         """Before the first minibatch."""
@@ -123,24 +121,12 @@ class UpdateHooks:
 
 
 def _stop_unless(result: Any, stats: UpdateStats, callback: UpdateCallback, hook: str) -> None:
+    if isinstance(result, th.Tensor) and result.dtype == th.bool and result.numel() == 1:
+        result = result.item()
     if not isinstance(result, (bool, np.bool_)):
         raise TypeError(f"`{type(callback).__name__}.{hook}` must return True or False (ends this update), not {result!r}")
     if not result:
         stats.stop()
-
-
-def _walk(callback: BaseCallback, seen: set[int]) -> Iterator[BaseCallback]:
-    """The callback and all below it, each once: containers keep their children in attributes or lists of them."""
-    if id(callback) in seen:
-        return
-    seen.add(id(callback))
-    yield callback
-    for name, value in vars(callback).items():
-        if name == "parent":
-            continue
-        for child in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(child, BaseCallback):
-                yield from _walk(child, seen)
 
 
 class KLEarlyStoppingCallback(UpdateCallback):
@@ -152,8 +138,9 @@ class KLEarlyStoppingCallback(UpdateCallback):
     :param per: ``"minibatch"``: checked on each minibatch, before its step; ``"epoch"``: checked after each epoch, on the
         whole rollout
     :param estimator: ``"exact"``, or the sample estimate ``"k1"``, ``"k2"`` or ``"k3"`` (``"k3"`` is SB3's ``approx_kl``)
-    :param stop: ``"both"``: policy and critic, as SB3's ``target_kl``; ``"policy"``: the critic goes on to the last epoch
-        (OpenAI Spinning Up's scheme), by steps on its own parameters alone
+    :param stop: ``"both"``: policy and critic, as SB3's ``target_kl`` (not the passes of the critic's own that
+        ``n_value_epochs`` gives it); ``"policy"``: the critic goes on to the last epoch (OpenAI Spinning Up's scheme), by
+        steps on its own parameters alone
     :param restore: whether to go back to the parameters and optimiser state after the last epoch that was within
         ``factor`` x ``target`` (before the update if none was); with ``stop="policy"`` the critic's are left as they are
     :param verbose: 1 to print when an update is ended
@@ -180,12 +167,10 @@ class KLEarlyStoppingCallback(UpdateCallback):
         self._snapshot: Snapshot | None = None
 
     def _init_callback(self) -> None:
-        if self.estimator == "exact":
+        if self.estimator == "exact" or self.per == "epoch" or self.restore:
             check_exact_kl(self.model.policy, self.model.rollout_buffer)
-        self._parameters = list(self.model.policy.parameters())
         if self.stop == "policy":
-            critics_own = set(critic_parameters(self.model.policy))
-            self._parameters = [parameter for parameter in self._parameters if parameter not in critics_own]
+            critic_parameters(self.model.policy)
 
     def _on_update_start(self) -> None:
         self._take_snapshot()
@@ -208,21 +193,31 @@ class KLEarlyStoppingCallback(UpdateCallback):
     def _estimate(self, kl: th.Tensor | None, log_ratio: th.Tensor) -> float:
         if self.estimator != "exact":
             return ESTIMATORS[self.estimator](log_ratio).mean().item()
-        assert kl is not None
+        if kl is None:
+            raise ValueError(
+                "`estimator` 'exact' needs the exact KL of each minibatch, which this policy's `evaluate_actions` doesn't "
+                "leave in `action_dist`: it must be 'k1', 'k2' or 'k3', or `per` must be 'epoch'"
+            )
         return kl.mean().item()
 
     def _take_snapshot(self) -> None:
         if self.restore:
-            self._snapshot = Snapshot(self._parameters, self.model.policy.optimizer, self.model.policy.buffers())
+            policy = self.model.policy
+            critics_own = set(critic_parameters(policy)) if self.stop == "policy" else set()
+            parameters = [parameter for parameter in policy.parameters() if parameter not in critics_own]
+            self._snapshot = Snapshot(policy, parameters, policy.optimizer)
 
     def _end_update(self, stats: UpdateStats, kl: float) -> bool:
-        if self.verbose >= 1:
+        if not math.isfinite(kl):
+            warnings.warn(f"the KL divergence is {kl}: the update is ended in epoch {stats.epochs_completed}", stacklevel=2)
+        elif self.verbose >= 1:
             print(f"Ending the update in epoch {stats.epochs_completed}: KL {kl:.2g} exceeds {self.limit:.2g}")
         if self._snapshot is not None:
             self._snapshot.restore()
-        if self.stop == "both":
-            return False
-        stats.stop_policy()
+        if self.stop == "policy":
+            stats.stop_policy()
+        else:
+            stats.stop_policys_passes()
         return True
 
 
@@ -287,6 +282,8 @@ class TrustRegionLoggingCallback(UpdateCallback):
         }
         for writer in tensorboard_writers(self.logger):
             writer.add_custom_scalars(layout)
+        if not tensorboard_writers(self.logger):
+            return
         hyperparameters = {"algorithm": type(self.model).__name__, "policy": self.model.policy_class.__name__}
         values = {name: _hyperparameter(getattr(self.model, name)) for name in self.HYPERPARAMETERS}
         hparam = HParam({**hyperparameters, **values}, dict.fromkeys(self.METRICS, 0.0))
@@ -294,7 +291,7 @@ class TrustRegionLoggingCallback(UpdateCallback):
 
     def _on_update_end(self, stats: UpdateStats) -> None:
         self._n_updates += 1
-        if self._n_updates % self.histogram_freq != 0 or stats.displacement is None:
+        if self._n_updates % self.histogram_freq != 0 or stats.displacement is None or not tensorboard_writers(self.logger):
             return
         for name, values in (("ratio", stats.displacement.log_ratio.exp()), ("kl", stats.displacement.kl)):
             if th.isfinite(values).all():
@@ -332,28 +329,33 @@ class GradientNoiseScaleCallback(UpdateCallback):
         super().__init__(verbose)
         self.decay = check_real("decay", decay, "a number from 0 to less than 1", lambda number: 0 <= number < 1)
         self._averages = np.zeros(2)
-        self._gradients: list[th.Tensor] = []
+        self._n_minibatches = 0
+        self._sum_of_gradients = th.zeros(())
+        self._sum_of_squared_norms = 0.0
 
     def _on_update_start(self) -> None:
-        self._gradients = []
+        self._n_minibatches = 0
+        self._sum_of_gradients = th.zeros(())
+        self._sum_of_squared_norms = 0.0
 
     def _on_minibatch(self, stats: UpdateStats) -> bool:
         full = len(stats.minibatch.samples.advantages) == self.model.batch_size
-        if stats.epochs_completed == 0 and full:
+        # The scaling of torch's clip_grad_norm_, to be undone.
+        scale = min(1.0, self.model.max_grad_norm / (stats.latest("grad_norm") + 1e-6))
+        if stats.epochs_completed == 0 and full and scale > 0:
             gradients = (parameter.grad for parameter in self.model.policy.parameters())
-            gradient = th.cat([grad.flatten() for grad in gradients if grad is not None])
-            # Undo the scaling of torch's clip_grad_norm_.
-            clipped = min(1.0, self.model.max_grad_norm / (stats.latest("grad_norm") + 1e-6))
-            self._gradients.append(gradient / clipped)
+            gradient = th.cat([grad.flatten() for grad in gradients if grad is not None]).double() / scale
+            self._n_minibatches += 1
+            self._sum_of_gradients = self._sum_of_gradients + gradient
+            self._sum_of_squared_norms += gradient.pow(2).sum().item()
         return True
 
     def _on_update_end(self, stats: UpdateStats) -> None:
-        if len(self._gradients) < 2:
+        if self._n_minibatches < 2:
             return
-        small, big = self.model.batch_size, self.model.batch_size * len(self._gradients)
-        gradients = th.stack(self._gradients).double()
-        small_norm = gradients.pow(2).sum(dim=1).mean().item()
-        big_norm = gradients.mean(dim=0).pow(2).sum().item()
+        small, big = self.model.batch_size, self.model.batch_size * self._n_minibatches
+        small_norm = self._sum_of_squared_norms / self._n_minibatches
+        big_norm = (self._sum_of_gradients / self._n_minibatches).pow(2).sum().item()
         squared_gradient = (big * big_norm - small * small_norm) / (big - small)
         trace = (small_norm - big_norm) / (1 / small - 1 / big)
         self._averages = self.decay * self._averages + (1 - self.decay) * np.array([trace, squared_gradient])

@@ -1,28 +1,57 @@
 """Which of a policy's parameters are the critic's alone."""
 
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
+
+from sb3_ppo_variants.isolation import undisturbed
 
 
 def critic_parameters(policy: ActorCriticPolicy) -> list[nn.Parameter]:
     """
-    The parameters that the values depend on and the actions don't.
+    The trainable parameters that the values depend on and the actions don't.
 
-    :param policy: with the modules ``mlp_extractor.value_net``, ``value_net`` and, unless the features extractor is
-        shared, ``vf_features_extractor``, as every policy of SB3's PPO
+    :param policy: any policy of SB3's PPO
     :return: the parameters, in the order of ``policy.parameters()``
-    :raises ValueError: if the policy lacks one of the modules
+    :raises ValueError: if there are none
     """
-    try:
-        modules: list[nn.Module] = [policy.mlp_extractor.value_net, policy.value_net]
-        if not policy.share_features_extractor:
-            modules.append(policy.vf_features_extractor)
-    except AttributeError as error:
-        raise ValueError(f"which parameters are the critic's can't be told from {type(policy).__name__}: {error}") from error
-    own = {parameter for module in modules for parameter in module.parameters()}
-    return [parameter for parameter in policy.parameters() if parameter in own]
+    own = _reached(policy, by_values=True) - _reached(policy, by_values=False)
+    parameters = [parameter for name, parameter in policy.named_parameters() if name in own]
+    if not parameters:
+        raise ValueError(f"`policy` must have parameters of the critic's own to train them apart, not {type(policy).__name__}")
+    return parameters
 
 
 def shares_parameters(policy: ActorCriticPolicy) -> bool:
-    """Whether actor and critic have parameters in common, in a shared features extractor."""
-    return policy.share_features_extractor and any(True for _ in policy.features_extractor.parameters())
+    """Whether actor and critic have trainable parameters in common, such as those of a shared features extractor."""
+    return bool(_reached(policy, by_values=True) & _reached(policy, by_values=False))
+
+
+def _reached(policy: ActorCriticPolicy, by_values: bool) -> set[str]:
+    """Names of the trainable parameters that the values, or else the actions' log-probabilities, have gradients for."""
+    with undisturbed(policy) as isolated, th.enable_grad():
+        observation = isolated.obs_to_tensor(_zeros(isolated.observation_space))[0]
+        if by_values:
+            output = isolated.predict_values(observation)
+        else:
+            with th.no_grad():
+                actions = isolated(observation)[0]
+            if isinstance(isolated.action_space, spaces.Discrete):
+                actions = actions.flatten()
+            output = isolated.evaluate_actions(observation, actions)[1]
+        if not output.requires_grad:
+            return set()
+        trainable = {name: parameter for name, parameter in isolated.named_parameters() if parameter.requires_grad}
+        gradients = th.autograd.grad(output.sum(), list(trainable.values()), allow_unused=True)
+    return {name for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
+
+
+def _zeros(space: spaces.Space[Any]) -> Any:
+    """Any observation of the space will do, as only the graph matters."""
+    if isinstance(space, spaces.Dict):
+        return {key: _zeros(child) for key, child in space.spaces.items()}
+    return np.zeros(space.shape or (), dtype=space.dtype)

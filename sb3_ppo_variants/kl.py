@@ -18,6 +18,7 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
+from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn.functional import softplus
 
 SelfDistributionParams = TypeVar("SelfDistributionParams", bound="DistributionParams")
@@ -84,8 +85,9 @@ class CategoricalParams(DistributionParams):
     log_probs: th.Tensor
 
     def kl_divergence(self, new: "CategoricalParams") -> th.Tensor:
-        r""":math:`\sum_i p_i (\ln p_i - \ln p_i')`"""
-        return (self.log_probs.exp() * (self.log_probs - new.log_probs)).sum(dim=1)
+        r""":math:`\sum_i p_i (\ln p_i - \ln p_i')`, where :math:`0 \ln 0 = 0`, as for masked actions"""
+        probs = self.log_probs.exp()
+        return th.where(probs > 0, probs * (self.log_probs - new.log_probs), 0.0).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -116,19 +118,21 @@ def distribution_params(distribution: Distribution) -> DistributionParams:
 
     :param distribution: set up for a batch of ``b`` states
     :return: its parameters, which later changes of ``distribution`` leave alone; gradients flow through them
-    :raises TypeError: if no exact KL is known for this kind of distribution
+    :raises TypeError: if no exact KL is known for this kind of distribution, or what a subclass has put into it
     """
     inner: Any = getattr(distribution, "distribution", None)
-    match distribution:
-        case DiagGaussianDistribution() | StateDependentNoiseDistribution():
+    match distribution, inner:
+        case ((DiagGaussianDistribution() | StateDependentNoiseDistribution()), Normal()):
             return GaussianParams(inner.mean, inner.stddev)
-        case CategoricalDistribution():
+        case CategoricalDistribution(), Categorical():
             return CategoricalParams(inner.logits)
-        case MultiCategoricalDistribution():
+        case MultiCategoricalDistribution(), [Categorical(), *_]:
             return CategoricalParams(th.cat([categorical.logits for categorical in inner], dim=1))
-        case BernoulliDistribution():
+        case BernoulliDistribution(), Bernoulli():
             return BernoulliParams(inner.logits)
-    raise TypeError(f"no exact KL is known for the action distribution {type(distribution).__name__}")
+    raise TypeError(
+        f"no exact KL is known for the action distribution {type(distribution).__name__} of {type(inner).__name__}"
+    )
 
 
 def k1(log_ratio: th.Tensor) -> th.Tensor:

@@ -2,16 +2,25 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_ppo_variants.arguments import check_choice, check_coefficient, check_non_negative, check_positive, parse_schedule
+from sb3_ppo_variants.arguments import (
+    LINEAR_PREFIX,
+    check_choice,
+    check_coefficient,
+    check_non_negative,
+    check_positive,
+    parse_schedule,
+)
 
 AUTO = "auto"
+AUTO_PREFIX = "auto_"
 
 RULES: dict[str, dict[str, float]] = {
     "ppo": {"decrease_below": 1 / 1.5, "increase_above": 1.5, "decrease_factor": 1 / 2, "increase_factor": 2.0},
@@ -90,16 +99,12 @@ class KLCoefController:
 
         :param rule: the name
         :param overrides: any of the constructor's arguments
-        :raises TypeError: if an argument is unknown, or no number
-        :raises ValueError: if the rule is unknown, or an argument out of range
+        :raises TypeError: if an argument is no number
+        :raises ValueError: if the rule or an argument is unknown, or an argument out of range
         """
         check_choice("rule", rule, RULES)
-        unknown = overrides.keys() - cls.__dataclass_fields__
-        if unknown:
-            raise TypeError(
-                f"`kl_coef` has no argument {sorted(unknown)[0]!r}, it must be 'rule' or one of "
-                f"{', '.join(map(repr, cls.__dataclass_fields__))}"
-            )
+        for name in overrides:
+            check_choice("key", name, ("rule", *cls.__dataclass_fields__))
         return cls(**{**RULES[rule], **overrides})
 
     def init(self) -> KLCoefState:
@@ -152,16 +157,31 @@ def parse_kl_coef(kl_coef: KLCoef) -> FloatSchedule | KLCoefController:
     if isinstance(kl_coef, KLCoefController):
         return kl_coef
     if isinstance(kl_coef, Mapping):
-        return KLCoefController.from_rule(**kl_coef)
-    if isinstance(kl_coef, str) and (kl_coef == AUTO or kl_coef.startswith(f"{AUTO}_")):
-        return KLCoefController(initial=_initial_after_underscore(kl_coef)) if kl_coef != AUTO else KLCoefController()
-    if isinstance(kl_coef, str) and not kl_coef.startswith("lin_"):
-        raise ValueError(f"`kl_coef` must be a number, a schedule, 'auto', 'auto_1.0' or 'lin_1.0', not {kl_coef!r}")
-    return FloatSchedule(check_coefficient("kl_coef", parse_schedule("kl_coef", kl_coef)))
+        return _named(kl_coef, lambda: KLCoefController.from_rule(**kl_coef))
+    if isinstance(kl_coef, str) and kl_coef.startswith(AUTO_PREFIX):
+        initial = _number_after_prefix(kl_coef)
+        return _named(kl_coef, lambda: KLCoefController(initial=initial))
+    if kl_coef == AUTO:
+        return KLCoefController()
+    schedule = parse_schedule("kl_coef", kl_coef)
+    if isinstance(schedule, (str, type)) or not (callable(schedule) or isinstance(schedule, Real)):
+        raise (ValueError if isinstance(schedule, str) else TypeError)(
+            f"`kl_coef` must be a number >= 0, a schedule, '{LINEAR_PREFIX}3.0', '{AUTO}', '{AUTO_PREFIX}0.5', a dict or a "
+            f"KLCoefController, not {kl_coef!r}"
+        )
+    return FloatSchedule(check_coefficient("kl_coef", schedule))
 
 
-def _initial_after_underscore(kl_coef: str) -> float:
+def _number_after_prefix(kl_coef: str) -> float:
     try:
-        return check_positive("kl_coef", float(kl_coef.removeprefix(f"{AUTO}_")))
+        return check_positive("kl_coef", float(kl_coef.removeprefix(AUTO_PREFIX)))
     except ValueError as error:
         raise ValueError(f"`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not {kl_coef!r}") from error
+
+
+def _named(kl_coef: Any, make: Callable[[], KLCoefController]) -> KLCoefController:
+    """The controller; errors about its arguments say that they come from ``kl_coef``."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`kl_coef` is not allowed to be {kl_coef!r}: {error}") from error

@@ -31,13 +31,14 @@ def log_update(model: "PPO", stats: UpdateStats) -> None:
     if stats.displacement is not None:
         record("train/kl", stats.displacement.kl.mean().item())
         record("train/kl_max", stats.displacement.kl.max().item())
-    if "kl" in stats:
+    if tensorboard_writers(model.logger):
         _log_kl_per_epoch(model, stats)
 
 
 def tensorboard_writers(logger: Logger) -> list[SummaryWriter]:
     """The logger's TensorBoard writers, none if it doesn't log there."""
-    return [output.writer for output in logger.output_formats if isinstance(output, TensorBoardOutputFormat)]
+    outputs = getattr(logger, "output_formats", [])  # a user's own logger may have none
+    return [output.writer for output in outputs if isinstance(output, TensorBoardOutputFormat)]
 
 
 def _record_sb3_keys(model: "PPO", stats: UpdateStats) -> None:
@@ -68,7 +69,7 @@ def _log_kl_per_epoch(model: "PPO", stats: UpdateStats) -> None:
     SB3's logger keeps one value a key from one dump to the next, so the points go to TensorBoard directly.
     """
     rollout_size = model.rollout_buffer.buffer_size * model.n_envs
-    for epoch, kl in enumerate(stats.epoch_means("kl")):
+    for epoch, kl in enumerate(stats.kl_per_epoch()):
         step = model.num_timesteps + rollout_size * (epoch + 1) // model.n_epochs
         for writer in tensorboard_writers(model.logger):
             writer.add_scalar("train/kl_per_epoch", kl, step)

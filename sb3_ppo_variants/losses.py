@@ -181,8 +181,6 @@ def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients) -> tuple[th
         assert new.kl is not None
         metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs)
         loss = loss + metrics["kl_penalty_loss"]
-    if new.kl is not None:
-        metrics["kl"] = new.kl.mean()
     if coefs.clip_range is not None:
         metrics["clip_fraction"] = th.mean((th.abs(ratio - 1) > coefs.clip_range).float())
 

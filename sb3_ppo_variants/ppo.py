@@ -4,6 +4,7 @@ import io
 import pathlib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import stable_baselines3
@@ -19,8 +20,6 @@ from sb3_ppo_variants.arguments import (
     check_choice,
     check_coefficient,
     check_finite,
-    check_non_negative,
-    check_not_nan,
     check_positive,
     check_positive_int,
     current_value,
@@ -32,7 +31,6 @@ from sb3_ppo_variants.engines import ENGINES, EagerEngine
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update
 from sb3_ppo_variants.losses import Coefficients
-from sb3_ppo_variants.rollout import minibatches
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 
@@ -116,6 +114,8 @@ class PPO(stable_baselines3.PPO):
         self.engine = engine
         self.kl_coef_state = None
         self.value_optimizer = None
+        self._kl_coef_source = kl_coef
+        self._value_optimizer_policy: ActorCriticPolicy | None = None
         self._update_hooks = UpdateHooks()
         self._exact_kl_known = True
         super().__init__(
@@ -151,15 +151,15 @@ class PPO(stable_baselines3.PPO):
             self._setup_model()
 
     def _read_arguments(self) -> None:
-        """Parse strings and check what SB3 doesn't; again after ``load``, which sets attributes without asking."""
+        """Parse strings and check what is new; again after ``load``, which sets attributes without asking."""
         for name in ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "value_learning_rate"):
-            setattr(self, name, parse_schedule(name, getattr(self, name)))
-        for name in ("clip_range", "clip_range_vf", "ent_coef", "vf_coef"):
-            check_not_nan(name, getattr(self, name))
+            value = vars(self).get(name)  # a subclass may have made a property of it
+            if isinstance(value, str):
+                setattr(self, name, parse_schedule(name, value))
         for name in ("ent_coef", "vf_coef"):
-            if callable(getattr(self, name)):
-                check_coefficient(name, getattr(self, name), check_finite)
-        self._kl_coef = parse_kl_coef(self.kl_coef)
+            value = vars(self).get(name)
+            if callable(value) or isinstance(value, str):
+                check_coefficient(name, value, check_finite)
         check_positive("kl_target", self.kl_target)
         if self.n_value_epochs is not None:
             check_positive_int("n_value_epochs", self.n_value_epochs)
@@ -170,6 +170,18 @@ class PPO(stable_baselines3.PPO):
                     f"`value_learning_rate` must be None unless `n_value_epochs` is given, not {self.value_learning_rate!r}"
                 )
         check_choice("engine", self.engine, ENGINES)
+        self._read_kl_coef()
+
+    def _read_kl_coef(self) -> None:
+        """Parse ``kl_coef``; a beta that has been adapted is kept unless it belongs to another rule."""
+        self._kl_coef = parse_kl_coef(self.kl_coef)
+        if not isinstance(self._kl_coef, KLCoefController):
+            self.kl_coef_state = None
+        elif self.kl_coef_state is None or parse_kl_coef(self._kl_coef_source) != self._kl_coef:
+            self.kl_coef_state = self._kl_coef.init()
+        else:
+            self.kl_coef_state = KLCoefState(*self.kl_coef_state)  # a saved one comes back as a plain list
+        self._kl_coef_source = self.kl_coef
 
     def _setup_model(self) -> None:
         self._read_arguments()
@@ -181,26 +193,16 @@ class PPO(stable_baselines3.PPO):
             self.clip_range = None
         if isinstance(self._kl_coef, KLCoefController) or callable(self.kl_coef) or self.kl_coef:
             check_exact_kl(self.policy, self.rollout_buffer)
-        self._setup_kl_coef_state()
-        self._setup_value_optimizer()
-
-    def _setup_kl_coef_state(self) -> None:
-        if not isinstance(self._kl_coef, KLCoefController):
-            self.kl_coef_state = None
-        elif self.kl_coef_state is None:
-            self.kl_coef_state = self._kl_coef.init()
-        else:
-            self.kl_coef_state = KLCoefState(*self.kl_coef_state)  # a saved one comes back as a plain list
+        if self.n_value_epochs is not None:
+            self._setup_value_optimizer()
 
     def _setup_value_optimizer(self) -> None:
-        self.value_optimizer = None
-        if self.n_value_epochs is None:
-            return
         parameters = critic_parameters(self.policy)
         if shares_parameters(self.policy):
             warnings.warn(
-                "`n_value_epochs` with a shared features extractor: the extractor is trained by the policy's loss alone. "
-                "Pass `policy_kwargs=dict(share_features_extractor=False)` for a critic with an extractor of its own.",
+                "`n_value_epochs` with parameters that actor and critic share, such as a features extractor: they are trained "
+                "by the policy's loss alone. Pass `policy_kwargs=dict(share_features_extractor=False)` for an extractor of "
+                "the critic's own.",
                 stacklevel=2,
             )
         self.value_optimizer = self.policy.optimizer_class(
@@ -208,12 +210,20 @@ class PPO(stable_baselines3.PPO):
             lr=self._value_learning_rate(),  # type: ignore[call-arg]
             **self.policy.optimizer_kwargs,
         )
+        self._value_optimizer_policy = self.policy
+
+    def _follow_changes(self) -> None:
+        """Take over what a callback has changed since the last update, as SB3 does with its own arguments."""
+        if self.kl_coef is not self._kl_coef_source:
+            self._read_kl_coef()
+        if self.n_value_epochs is not None and self._value_optimizer_policy is not self.policy:
+            self._setup_value_optimizer()
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        # `learn` keeps the callback to itself, `train` has to know those with hooks for it.
-        initialized = super()._init_callback(callback, progress_bar)
-        self._update_hooks = UpdateHooks.of(initialized)
-        return initialized
+        # `learn` keeps the callback to itself, and containers don't hand on hooks that they don't know: callbacks with
+        # hooks register when they are initialised.
+        self._update_hooks = UpdateHooks()
+        return super()._init_callback(callback, progress_bar)
 
     def train(self) -> None:
         """
@@ -221,25 +231,26 @@ class PPO(stable_baselines3.PPO):
 
         What is computed stands in ``losses.py`` (loss), ``engines/`` (gradient) and ``kl_coef.py`` (beta).
         """
-        check_positive_int("n_epochs", self.n_epochs)
+        if self.n_epochs < 1:
+            raise ValueError(f"`n_epochs` must be an integer >= 1, not {self.n_epochs!r}")
+        self._follow_changes()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         coefs = self._current_coefficients()
-        trust_region = self._if_exact_kl_is_known(coefs, self._old_policy)
-        engine = EagerEngine(self.policy, self.action_space, coefs, self.max_grad_norm, trust_region)
+        trust_region = self._if_exact_kl_is_known(coefs, partial(self._make_trust_region, coefs))
+        engine = self._make_engine(coefs, trust_region)
         stats = UpdateStats(coefs, trust_region)
         self._update_hooks.on_update_start(self.num_timesteps)
 
         while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
-            for minibatch in minibatches(self.rollout_buffer, self.batch_size):
-                loss, evaluation, metrics = engine.loss(minibatch)
-                stats.add_minibatch(minibatch, evaluation, metrics)
+            for minibatch in engine.minibatches(self.batch_size):
+                stats.add_minibatch(minibatch, *engine.forward(minibatch))
                 if not self._within_target_kl(stats):
                     break
-                stats.add(engine.backward(loss))
+                stats.add(engine.backward())
                 if not self._update_hooks.on_minibatch(stats):
                     break
-                self.policy.optimizer.step()
+                engine.step(self.policy.optimizer)
                 stats.gradient_steps += 1
             else:
                 stats.epochs_completed += 1
@@ -255,21 +266,19 @@ class PPO(stable_baselines3.PPO):
 
     def _train_critic(self, engine: EagerEngine, stats: UpdateStats) -> None:
         """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
-        if stats.critic_stopped:
+        vf_coef, optimizer, n_passes = stats.coefs.vf_coef, self.policy.optimizer, self.n_epochs - stats.epochs_completed
+        if vf_coef is None:
+            assert self.value_optimizer is not None
+            assert self.n_value_epochs is not None
+            vf_coef, optimizer, n_passes = 1.0, self.value_optimizer, self.n_value_epochs
+        if stats.critic_stopped or n_passes == 0:
             return
-        if self.value_optimizer is None:
-            optimizer, vf_coef = self.policy.optimizer, stats.coefs.vf_coef or 0.0
-            n_passes = self.n_epochs - stats.epochs_completed
-        else:
-            optimizer, vf_coef = self.value_optimizer, 1.0
-            n_passes = self.n_value_epochs or 0
-        parameters = critic_parameters(self.policy) if n_passes > 0 else []
+        parameters = critic_parameters(self.policy)
         for _ in range(n_passes):
-            for minibatch in minibatches(self.rollout_buffer, self.batch_size):
-                loss, metrics = engine.critic_loss(minibatch, vf_coef)
-                engine.backward(loss, parameters)
-                optimizer.step()
-                stats.add(metrics)
+            for minibatch in engine.minibatches(self.batch_size):
+                stats.add(engine.critic_forward(minibatch, vf_coef))
+                engine.backward(parameters)
+                engine.step(optimizer)
 
     def _within_target_kl(self, stats: UpdateStats) -> bool:
         """
@@ -277,59 +286,64 @@ class PPO(stable_baselines3.PPO):
 
         In a joint update it stops the critic too, as in SB3; the critic's own passes go on, as in Spinning Up.
         """
+        if self.target_kl is None:
+            return True
         approx_kl = stats.latest_array("approx_kl")
-        if self.target_kl is None or not approx_kl > 1.5 * self.target_kl:
+        if not approx_kl > 1.5 * self.target_kl:
             return True
         if self.verbose >= 1:
             print(f"Early stopping at step {stats.epochs_completed} due to reaching max kl: {approx_kl:.2f}")
-        if self.value_optimizer is None:
-            stats.stop()
-        else:
-            stats.stop_policy()
+        stats.stop_policys_passes()
         return False
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.policy.optimizer)
-        if self.value_optimizer is not None:
+        if self.n_value_epochs is not None:
+            assert self.value_optimizer is not None
             update_learning_rate(self.value_optimizer, self._value_learning_rate())
             self.logger.record("train/value_learning_rate", self._value_learning_rate())
 
     def _value_learning_rate(self) -> float:
+        progress_remaining = self._current_progress_remaining
         if self.value_learning_rate is None:
-            return self.lr_schedule(self._current_progress_remaining)
-        return self._current("value_learning_rate")
-
-    def _current(self, name: str) -> float:
-        return current_value(name, getattr(self, name), self._current_progress_remaining)
+            return self.lr_schedule(progress_remaining)
+        return float(current_value("value_learning_rate", self.value_learning_rate, progress_remaining))
 
     def _current_coefficients(self) -> Coefficients:
         """
         The coefficients in effect in this update.
 
+        :raises TypeError: if a schedule returns no number
         :raises ValueError: if a schedule returns what is not allowed
         """
+        progress_remaining = self._current_progress_remaining
+        hinge_coef, hinge_kl = 0.0, 0.0
         if isinstance(self._kl_coef, KLCoefController):
             assert self.kl_coef_state is not None
-            kl_coef, hinge_coef = self.kl_coef_state.kl_coef, self._kl_coef.hinge_coef
-            hinge_kl = self._kl_coef.hinge_threshold * self.kl_target
+            kl_coef = self.kl_coef_state.kl_coef
+            hinge_coef, hinge_kl = self._kl_coef.hinge_coef, self._kl_coef.hinge_threshold * self.kl_target
         else:
-            kl_coef = self._kl_coef(self._current_progress_remaining)
-            check_non_negative(f"kl_coef(progress_remaining={self._current_progress_remaining})", kl_coef)
-            hinge_coef, hinge_kl = 0.0, 0.0
+            kl_coef = current_value("kl_coef", self._kl_coef, progress_remaining)
         return Coefficients(
-            clip_range=None if self.clip_range is None else self._current("clip_range"),
-            clip_range_vf=None if self.clip_range_vf is None else self._current("clip_range_vf"),
+            clip_range=None if self.clip_range is None else self.clip_range(progress_remaining),
+            clip_range_vf=None if self.clip_range_vf is None else self.clip_range_vf(progress_remaining),  # type: ignore[operator]
             normalize_advantage=self.normalize_advantage,
-            ent_coef=self._current("ent_coef"),
-            vf_coef=None if self.n_value_epochs is not None else self._current("vf_coef"),
+            ent_coef=current_value("ent_coef", self.ent_coef, progress_remaining, check_finite),
+            vf_coef=None
+            if self.n_value_epochs is not None
+            else current_value("vf_coef", self.vf_coef, progress_remaining, check_finite),
             kl_coef=kl_coef,
             hinge_coef=hinge_coef,
             hinge_kl=hinge_kl,
         )
 
-    def _old_policy(self) -> TrustRegion:
-        check_exact_kl(self.policy, self.rollout_buffer)
+    def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:
+        if coefs.penalizes_kl:
+            check_exact_kl(self.policy, self.rollout_buffer)
         return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
+
+    def _make_engine(self, coefs: Coefficients, trust_region: TrustRegion | None) -> EagerEngine:
+        return EagerEngine(self.policy, self.rollout_buffer, self.action_space, coefs, self.max_grad_norm, trust_region)
 
     def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
         """
@@ -337,13 +351,13 @@ class PPO(stable_baselines3.PPO):
 
         A policy or a buffer that SB3 trains with must train here too, even if it can't tell its exact KL.
         """
+        if coefs.penalizes_kl:
+            return compute()
         if not self._exact_kl_known:
             return None
         try:
             return compute()
         except Exception as error:
-            if coefs.penalizes_kl:
-                raise
             self._exact_kl_known = False
             warnings.warn(f"the exact KL is not logged: {error}", stacklevel=3)
             return None
@@ -364,18 +378,25 @@ class PPO(stable_baselines3.PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfPPO:
+        """SB3's."""
+        outer = self._update_hooks  # of the `learn` whose callback may have called this one
         try:
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
-            self._update_hooks = UpdateHooks()
+            self._update_hooks = outer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model in training is no part of that training, and callbacks can't be copied.
+        return {**self.__dict__, "_update_hooks": UpdateHooks()}
 
     def _excluded_save_params(self) -> list[str]:
         # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
-        return [*super()._excluded_save_params(), "value_optimizer", "_kl_coef", "_update_hooks", "_exact_kl_known"]
+        own = ["_kl_coef", "_update_hooks", "_exact_kl_known", "_value_optimizer_policy"]
+        return [*super()._excluded_save_params(), *own, *(["value_optimizer"] if self.n_value_epochs is not None else [])]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *(["value_optimizer"] if self.value_optimizer is not None else [])], tensors
+        return [*state_dicts, *(["value_optimizer"] if self.n_value_epochs is not None else [])], tensors
 
     def set_parameters(
         self,
@@ -392,10 +413,11 @@ class PPO(stable_baselines3.PPO):
             params = dict(load_path_or_dict)
         else:
             params = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
-        if self.value_optimizer is None:
-            params.pop("value_optimizer", None)
-        else:
+        if self.n_value_epochs is not None:
+            assert self.value_optimizer is not None
             params.setdefault("value_optimizer", self.value_optimizer.state_dict())  # type: ignore[arg-type]
+        elif "value_optimizer" not in self._get_torch_save_params()[0]:
+            params.pop("value_optimizer", None)
         super().set_parameters(params, exact_match=exact_match, device=device)
 
     @classmethod
@@ -409,9 +431,14 @@ class PPO(stable_baselines3.PPO):
         force_reset: bool = True,
         **kwargs: Any,
     ) -> SelfPPO:
-        """SB3's, for zips of SB3's PPO too; a ``kl_coef`` among ``kwargs`` starts anew, not from the saved beta."""
-        if "kl_coef" in kwargs:
-            kwargs.setdefault("kl_coef_state", None)
+        """
+        SB3's, for files of SB3's PPO too.
+
+        What is not among ``kwargs`` is as it was saved: :class:`PPOKL` keeps the ``clip_range`` of SB3's PPO, too. An
+        adapted beta is kept unless ``kl_coef`` is given and differs from the saved one.
+        """
+        if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
+            kwargs.setdefault("value_learning_rate", None)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
 
@@ -461,4 +488,5 @@ class PPOKL(PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfPPO:
+        """SB3's."""
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

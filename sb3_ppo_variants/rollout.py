@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
 
 Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
@@ -24,39 +25,44 @@ class Minibatch(NamedTuple):
     indices: th.Tensor | None
 
 
+def gathers_by_index(buffer: RolloutBuffer) -> bool:
+    """Whether a buffer hands out minibatches as SB3's do: rows of the flattened rollout, just as they stand there."""
+    kind = type(buffer)
+    standard = (RolloutBuffer, DictRolloutBuffer)
+    return (
+        isinstance(buffer, standard)
+        and kind.get in [base.get for base in standard]
+        and kind._get_samples in [base._get_samples for base in standard]
+        and not {"get", "_get_samples"} & vars(buffer).keys()
+    )
+
+
 def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     """
     ``buffer.get(batch_size)``, and where each minibatch comes from.
 
-    ``get`` draws the permutation and keeps it to itself, but SB3's buffers gather through ``_get_samples``: that is
-    listened to here, on the instance, so that users' own buffer classes work too and no random number is drawn.
+    SB3's ``get`` draws the permutation and keeps it to itself, but gathers each minibatch through ``_get_samples``: that
+    is listened to here. A user's own way of making minibatches is left alone, its indices are not known.
 
     :param buffer: a full rollout buffer
     :param batch_size: samples a minibatch, the last one may have fewer
     """
+    if not gathers_by_index(buffer):
+        yield from (Minibatch(samples, None) for samples in buffer.get(batch_size))
+        return
     gathered: list[np.ndarray] = []
-    get_samples: Any = getattr(buffer, "_get_samples", None)
+    get_samples = buffer._get_samples
 
-    def listening_get_samples(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+    def listening_get_samples(batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutBufferSamples:
         gathered.append(batch_inds)
-        return get_samples(batch_inds, *args, **kwargs)
+        return get_samples(batch_inds, env)
 
-    if get_samples is not None:
-        buffer._get_samples = listening_get_samples  # type: ignore[method-assign]
+    buffer._get_samples = listening_get_samples  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            yield Minibatch(samples, _verified(gathered.pop(), samples, buffer) if gathered else None)
+            yield Minibatch(samples, th.as_tensor(gathered.pop(), device=buffer.device))
     finally:
-        buffer.__dict__.pop("_get_samples", None)
-
-
-def _verified(indices: np.ndarray, samples: RolloutBufferSamples, buffer: RolloutBuffer) -> th.Tensor | None:
-    """The indices, unless a user's own ``get`` has gathered in one order and yields in another."""
-    if type(buffer).get not in (RolloutBuffer.get, DictRolloutBuffer.get):
-        gathered = buffer.log_probs[indices].flatten()
-        if not np.array_equal(gathered, samples.old_log_prob.cpu().numpy()):
-            return None
-    return th.as_tensor(indices, device=buffer.device)
+        vars(buffer).pop("_get_samples", None)
 
 
 def flat_observations(buffer: RolloutBuffer) -> Observations:

@@ -1,35 +1,41 @@
 """Going back to earlier parameters."""
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection
 
 import torch as th
 
 
 class Snapshot:
     """
-    The present values of some parameters, of their optimiser's state and of modules' buffers.
+    The present values of some of a module's parameters, of their optimiser's state, and of the buffers beside them.
 
-    :param parameters: the parameters
+    Buffers, such as BatchNorm's statistics, belong to a submodule: they are left out where its parameters are.
+
+    :param module: the module
+    :param parameters: which of its parameters
     :param optimizer: their optimiser
-    :param buffers: modules' buffers, such as BatchNorm's statistics
     """
 
-    def __init__(
-        self, parameters: Iterable[th.nn.Parameter], optimizer: th.optim.Optimizer, buffers: Iterable[th.Tensor] = ()
-    ) -> None:
+    def __init__(self, module: th.nn.Module, parameters: Collection[th.nn.Parameter], optimizer: th.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._tensors = [(buffer, buffer.clone()) for buffer in buffers]
-        self._states: list[tuple[th.nn.Parameter, dict[str, Any] | None]] = []
-        for parameter in parameters:
-            self._tensors.append((parameter.data, parameter.detach().clone()))
-            self._states.append((parameter, copy.deepcopy(optimizer.state.get(parameter))))
+        self._parameters = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        self._states = [(parameter, copy.deepcopy(optimizer.state.get(parameter))) for parameter in parameters]
+        included = set(parameters)
+        self._buffers = [
+            (submodule, {name: buffer.clone() for name, buffer in submodule.named_buffers(recurse=False)})
+            for submodule in module.modules()
+            if set(submodule.parameters(recurse=False)) <= included
+        ]
 
+    @th.no_grad()
     def restore(self) -> None:
         """Put the values back, in place; may be called more than once."""
-        for tensor, saved in self._tensors:
-            tensor.copy_(saved)
+        for parameter, saved in self._parameters:
+            parameter.copy_(saved)
+        for submodule, buffers in self._buffers:
+            for name, saved in buffers.items():
+                submodule.get_buffer(name).copy_(saved)
         for parameter, state in self._states:
             if state is None:
                 self._optimizer.state.pop(parameter, None)

@@ -1,7 +1,5 @@
 """Where the old policy stood, state by state, and how far the current one has moved from it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch as th
@@ -9,8 +7,15 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_variants.isolation import undisturbed
 from sb3_ppo_variants.kl import EXACT_KL, DistributionParams, distribution_params
-from sb3_ppo_variants.rollout import flat_actions, flat_log_probs, flat_observations, observation_chunks
+from sb3_ppo_variants.rollout import (
+    flat_actions,
+    flat_log_probs,
+    flat_observations,
+    gathers_by_index,
+    observation_chunks,
+)
 
 CHUNK_ELEMENTS = 2**20
 """Numbers in a chunk of observations: large enough that overhead doesn't count, small beside the rollout itself."""
@@ -51,19 +56,29 @@ class TrustRegion:
         self._buffer = buffer
         self._action_space = action_space
         self._chunk_size = max(batch_size, CHUNK_ELEMENTS // spaces.flatdim(buffer.observation_space))
-        with undisturbed(policy):
+        with th.no_grad(), undisturbed(policy) as isolated:
             chunks = observation_chunks(buffer, flat_observations(buffer), self._chunk_size)
-            params = [distribution_params(policy.get_distribution(chunk)) for chunk in chunks]
+            params = [distribution_params(isolated.get_distribution(chunk)) for chunk in chunks]
         self.old = type(params[0]).cat(params)
+
+    def kl(self, indices: th.Tensor, new: DistributionParams) -> th.Tensor:
+        """
+        Exact KL(old || new) on some of the rollout's states.
+
+        :param indices: of the states in the flattened rollout, shape (b,)
+        :param new: the current policy's parameters on these states
+        :return: shape (b,), in nats
+        """
+        return self.old.map(lambda tensor: tensor[indices]).kl_divergence(new)
 
     def measure(self) -> Displacement:
         """How far the policy has moved by now; one forward pass of the actor over the rollout."""
         actions = th.split(flat_actions(self._buffer, self._action_space), self._chunk_size)
         params, log_probs = [], []
-        with undisturbed(self._policy):
+        with th.no_grad(), undisturbed(self._policy) as isolated:
             chunks = observation_chunks(self._buffer, flat_observations(self._buffer), self._chunk_size)
             for observations, chunk_actions in zip(chunks, actions, strict=True):
-                distribution = self._policy.get_distribution(observations)
+                distribution = isolated.get_distribution(observations)
                 params.append(distribution_params(distribution))
                 log_probs.append(distribution.log_prob(chunk_actions))
             kl = self.old.kl_divergence(type(self.old).cat(params))
@@ -72,40 +87,17 @@ class TrustRegion:
 
 def check_exact_kl(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> None:
     """
-    Check that the exact KL of a policy over a rollout can be known.
+    Check that the exact KL of a policy over a rollout, and over its minibatches, can be known.
 
     :raises ValueError: if it can't; the message names the argument at fault
     """
-    if not isinstance(buffer, RolloutBuffer):
+    if not gathers_by_index(buffer):
         raise ValueError(
-            f"`rollout_buffer_class` lacks what the exact KL needs: it must be a subclass of RolloutBuffer, "
-            f"not {type(buffer).__name__}"
+            f"`rollout_buffer_class` lacks what the exact KL needs: it must be a subclass of RolloutBuffer that leaves "
+            f"`get` and `_get_samples` as they are, not {type(buffer).__name__}"
         )
     if not hasattr(policy, "get_distribution") or not isinstance(getattr(policy, "action_dist", None), EXACT_KL):
         raise ValueError(
             f"`policy` lacks what the exact KL needs: it must have `get_distribution` and an `action_dist` of "
             f"{', '.join(kind.__name__ for kind in EXACT_KL)}, not {type(policy).__name__}"
         )
-
-
-@contextmanager
-def undisturbed(policy: ActorCriticPolicy) -> Iterator[None]:
-    """
-    Evaluate the policy in a way that training doesn't notice.
-
-    Without gradients and in evaluation mode, as during the rollout; modules' buffers and torch's random state are put
-    back, so that a custom network with either in its forward pass trains as it does under SB3.
-
-    :param policy: the policy that is evaluated in the block
-    """
-    training = policy.training
-    saved_buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    policy.set_training_mode(False)
-    try:
-        with th.no_grad(), th.random.fork_rng(devices):
-            yield
-    finally:
-        policy.set_training_mode(training)
-        for buffer, saved in saved_buffers:
-            buffer.copy_(saved)

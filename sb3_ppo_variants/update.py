@@ -1,13 +1,19 @@
 """What one update has done so far: collected while it runs, read by the logs and by the hooks of callbacks."""
 
-from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch as th
 
-from sb3_ppo_variants.losses import Coefficients, Evaluation, Metrics
+from sb3_ppo_variants.kl import DistributionParams
+from sb3_ppo_variants.losses import Coefficients, Metrics
 from sb3_ppo_variants.rollout import Minibatch
 from sb3_ppo_variants.trust_region import Displacement, TrustRegion
+
+
+class _Record(NamedTuple):
+    epoch: int
+    value: th.Tensor
 
 
 class UpdateStats:
@@ -15,8 +21,8 @@ class UpdateStats:
     The running update, given to the hooks of :class:`~sb3_ppo_variants.callbacks.UpdateCallback`.
 
     Metrics stay detached tensors on their device until they are asked for as numbers. Their names: ``loss``,
-    ``policy_loss``, ``value_loss``, ``entropy_loss``, ``approx_kl``, ``grad_norm`` (before clipping); where they exist
-    ``clip_fraction``, ``kl`` (exact, on the minibatch) and ``kl_penalty_loss``.
+    ``policy_loss``, ``value_loss``, ``entropy_loss``, ``approx_kl``, ``grad_norm`` (before clipping), and where they
+    exist ``clip_fraction`` and ``kl_penalty_loss``.
 
     :param coefs: the coefficients in effect
     :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
@@ -30,8 +36,6 @@ class UpdateStats:
     """The latest minibatch: its samples and their indices in the flattened rollout."""
     log_ratio: th.Tensor
     """ln pi_new(a|s) - ln pi_old(a|s) of the latest minibatch, shape (b,)."""
-    kl: th.Tensor | None
-    """Exact KL(old || new) of the latest minibatch, shape (b,), in nats; ``None`` if it is not known."""
     displacement: Displacement | None
     """How far the whole update has moved the policy; set before ``_on_update_end``, ``None`` if it is not known."""
 
@@ -43,21 +47,31 @@ class UpdateStats:
         self.policy_stopped = False
         self.critic_stopped = False
         self._trust_region = trust_region
-        self._history: defaultdict[str, list[th.Tensor]] = defaultdict(list)
-        self._epochs: defaultdict[str, list[int]] = defaultdict(list)
+        self._history: dict[str, list[_Record]] = {}
+        # The exact KL costs several small operations: evaluated when asked for, over many minibatches at once.
+        self._distributions: list[tuple[int, th.Tensor, DistributionParams] | None] = []
+
+    def add_minibatch(
+        self, minibatch: Minibatch, log_ratio: th.Tensor, params: DistributionParams | None, metrics: Metrics
+    ) -> None:
+        """
+        Make a minibatch the latest one.
+
+        :param minibatch: the minibatch
+        :param log_ratio: of its samples, shape (b,)
+        :param params: the current policy's distributions on its states, ``None`` if they are not known
+        :param metrics: each of shape ()
+        """
+        self.minibatch = minibatch
+        self.log_ratio = log_ratio
+        known = params is not None and minibatch.indices is not None
+        self._distributions.append((self.epochs_completed, minibatch.indices, params) if known else None)  # type: ignore[arg-type]
+        self.add(metrics)
 
     def add(self, metrics: Metrics) -> None:
-        """Append the metrics of one minibatch, each of shape ()."""
+        """Append metrics of the latest minibatch, each of shape ()."""
         for name, metric in metrics.items():
-            self._history[name].append(metric)
-            self._epochs[name].append(self.epochs_completed)
-
-    def add_minibatch(self, minibatch: Minibatch, new: Evaluation, metrics: Metrics) -> None:
-        """Make a minibatch the latest one, and append its metrics."""
-        self.minibatch = minibatch
-        self.log_ratio = new.log_prob.detach() - minibatch.samples.old_log_prob
-        self.kl = None if new.kl is None else new.kl.detach()
-        self.add(metrics)
+            self._history.setdefault(name, []).append(_Record(self.epochs_completed, metric))
 
     def stop_policy(self) -> None:
         """End the policy's part of this update; the critic's minibatches go on to the last epoch."""
@@ -67,33 +81,74 @@ class UpdateStats:
         """End this update, for policy and critic."""
         self.policy_stopped = self.critic_stopped = True
 
+    def stop_policys_passes(self) -> None:
+        """End the passes that the policy is trained in, with the critic where it is trained in them too."""
+        if self.coefs.vf_coef is None:
+            self.stop_policy()
+        else:
+            self.stop()
+
+    @property
+    def kl(self) -> th.Tensor | None:
+        """Exact KL(old || new) of the latest minibatch, shape (b,), in nats; ``None`` if it is not known."""
+        if self._trust_region is None or self._distributions[-1] is None:
+            return None
+        _, indices, params = self._distributions[-1]
+        return self._trust_region.kl(indices, params)
+
+    def kl_series(self) -> np.ndarray:
+        """Exact KL(old || new) of every minibatch so far, averaged over its samples, in nats; empty if it is not known."""
+        return np.array([kl.mean().item() for _, kl in self._minibatch_kls()])
+
+    def kl_per_epoch(self) -> list[float]:
+        """Exact KL(old || new) during each epoch so far, averaged over its samples, in nats; empty if it is not known."""
+        kls = self._minibatch_kls()
+        epochs = sorted({epoch for epoch, _ in kls})
+        return [th.cat([kl for epoch, kl in kls if epoch == running]).mean().item() for running in epochs]
+
+    def _minibatch_kls(self) -> list[tuple[int, th.Tensor]]:
+        """The epoch and the samples' KL, of shape (b,), of each minibatch whose exact KL is known."""
+        known = [distribution for distribution in self._distributions if distribution is not None]
+        if self._trust_region is None or not known:
+            return []
+        epochs, indices, params = zip(*known, strict=True)
+        kl = self._trust_region.kl(th.cat(indices), type(params[0]).cat(params))
+        return list(zip(epochs, th.split(kl, [len(rows) for rows in indices]), strict=True))
+
     def __contains__(self, name: str) -> bool:
         return name in self._history
 
     def latest(self, name: str) -> float:
-        """The metric on the latest minibatch."""
-        return float(self.latest_array(name))
+        """
+        The metric on the latest minibatch.
+
+        :raises KeyError: if there is no such metric
+        """
+        return self._records(name)[-1].value.item()
 
     def latest_array(self, name: str) -> np.ndarray:
         """The metric on the latest minibatch, shape (), in its own dtype."""
-        return self._history[name][-1].cpu().numpy()
+        return self._records(name)[-1].value.cpu().numpy()
 
     def series(self, name: str) -> np.ndarray:
-        """The metric on every minibatch of the update so far, shape (n_minibatches,), in its own dtype."""
-        return np.array([metric.cpu().numpy() for metric in self._history[name]])
+        """
+        The metric on every minibatch of the update so far, shape (n_minibatches,), in its own dtype.
+
+        :raises KeyError: if there is no such metric
+        """
+        return np.array([record.value.cpu().numpy() for record in self._records(name)])
 
     def last_epoch(self, name: str) -> np.ndarray:
         """The metric on every minibatch of the last epoch that has any, shape (n_minibatches,), in its own dtype."""
-        epochs = self._epochs[name]
+        epochs = [record.epoch for record in self._records(name)]
         return self.series(name)[epochs.index(epochs[-1]) :]
 
-    def epoch_means(self, name: str) -> list[float]:
-        """The metric's mean over the minibatches of each epoch so far, in float64."""
-        series, epochs = self.series(name).astype(np.float64), np.array(self._epochs[name])
-        return [float(series[epochs == epoch].mean()) for epoch in np.unique(epochs)]
-
     def mean(self, name: str) -> float:
-        """The metric's mean over the minibatches of the update so far, in float64."""
+        """
+        The metric's mean over the minibatches of the update so far, in float64.
+
+        :raises KeyError: if there is no such metric
+        """
         return float(np.mean(self.series(name).astype(np.float64)))
 
     def measure(self) -> Displacement:
@@ -105,3 +160,8 @@ class UpdateStats:
         if self._trust_region is None:
             raise ValueError("the exact KL is not known for this policy's action distribution or rollout buffer class")
         return self._trust_region.measure()
+
+    def _records(self, name: str) -> list[_Record]:
+        if name not in self._history:
+            raise KeyError(f"there is no metric {name!r} in this update so far, only {', '.join(self._history) or 'none'}")
+        return self._history[name]

@@ -32,7 +32,6 @@ class NoRolloutBuffer:
         ({"kl_coef": -1.0}, ValueError, r"`kl_coef` must be a finite number >= 0, not -1\.0"),
         ({"kl_coef": math.nan}, ValueError, "`kl_coef` must be a finite number >= 0, not nan"),
         ({"kl_coef": "auto_x"}, ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_x'"),
-        ({"kl_coef": [1.0]}, TypeError, r"`kl_coef` must be a finite number >= 0, not \[1\.0\] \(list\)"),
         ({"kl_coef": lambda _: math.nan}, ValueError, r"`kl_coef\(progress_remaining=1\.0\)` must be .*, not nan"),
         ({"kl_target": 0.0}, ValueError, r"`kl_target` must be a finite number > 0, not 0\.0"),
         ({"kl_target": -0.01}, ValueError, r"`kl_target` must be a finite number > 0, not -0\.01"),
@@ -51,23 +50,34 @@ class NoRolloutBuffer:
         ),
         ({"engine": "jit"}, ValueError, "`engine` must be one of 'auto', 'eager', not 'jit'"),
         ({"engine": None}, TypeError, "`engine` must be one of 'auto', 'eager', not None"),
-        ({"ent_coef": "lin_x"}, ValueError, r"`ent_coef` must be a number, a schedule or a string .*, not 'lin_x'"),
+        (
+            {"ent_coef": "lin_x"},
+            ValueError,
+            "`ent_coef` must be 'lin_' and a finite number >= 0 if it is a string, not 'lin_x'",
+        ),
+        (
+            {"ent_coef": "0.1"},
+            TypeError,
+            r"`ent_coef` must be a finite number, not '0\.1' \(str\) \(YAML reads",
+        ),
+        ({"kl_coef": [1.0]}, TypeError, r"`kl_coef` must be a number >= 0, a schedule, 'lin_3\.0', 'auto', .*, not \[1\.0\]"),
+        ({"kl_coef": lambda progress: progress - 0.5}, ValueError, r"`kl_coef\(progress_remaining=0\.0\)` .*, not -0\.5"),
         (
             {"ent_coef": lambda _: math.nan},
             ValueError,
             r"`ent_coef\(progress_remaining=1\.0\)` must be .*, not nan",
         ),
         ({"vf_coef": lambda _: None}, TypeError, r"`vf_coef\(progress_remaining=1\.0\)` must be a finite number, not None"),
-        ({"ent_coef": math.nan}, ValueError, "`ent_coef` must be a number, not nan"),
-        ({"vf_coef": math.nan}, ValueError, "`vf_coef` must be a number, not nan"),
-        ({"clip_range": math.nan}, ValueError, "`clip_range` must be a number, not nan"),
-        ({"clip_range": "0.2"}, ValueError, r"`clip_range` must be a number, a schedule or a string .*, not '0\.2'"),
-        ({"clip_range_vf": "lin_"}, ValueError, r"`clip_range_vf` must be a number, .*, not 'lin_'"),
-        ({"learning_rate": "lin_-1"}, ValueError, r"`learning_rate` must be a number, .*, not 'lin_-1'"),
+        ({"clip_range_vf": "lin_"}, ValueError, "`clip_range_vf` must be 'lin_' and a finite number >= 0 if .*, not 'lin_'"),
+        (
+            {"learning_rate": "lin_-1"},
+            ValueError,
+            "`learning_rate` must be 'lin_' and a .* >= 0 if .*, not 'lin_-1'",
+        ),
         (
             {"kl_coef": 1.0, "rollout_buffer_class": NoRolloutBuffer},
             ValueError,
-            "`rollout_buffer_class` lacks what .* needs: it must be a subclass of RolloutBuffer, not NoRolloutBuffer",
+            "`rollout_buffer_class` lacks what .* needs: it must be a subclass of RolloutBuffer .*, not NoRolloutBuffer",
         ),
     ],
 )
@@ -114,41 +124,50 @@ def test_a_policy_without_an_exact_kl_is_refused_for_a_kl_penalty_only() -> None
         build(kl_coef="auto")
 
 
-def test_a_policy_whose_critic_is_not_known_is_refused_for_passes_of_its_own_only() -> None:
-    class Headless(ActorCriticPolicy):
+def test_a_policy_without_a_critic_of_its_own_is_refused_for_passes_of_its_own_only() -> None:
+    class Frozen(ActorCriticPolicy):
         def _build(self, lr_schedule: Any) -> None:
             super()._build(lr_schedule)
-            self.critic = self.value_net
-            del self.value_net
+            for module in (self.mlp_extractor.value_net, self.value_net):
+                module.requires_grad_(False)
 
     def build(**kwargs: Any) -> PPO:
-        return PPO(Headless, RandomEnv(), n_steps=8, batch_size=8, device="cpu", **kwargs)
+        return PPO(Frozen, RandomEnv(), n_steps=8, batch_size=8, device="cpu", **kwargs)
 
-    build()
-    with pytest.raises(ValueError, match="which parameters are the critic's can't be told from Headless"):
+    build().learn(8)
+    with pytest.raises(ValueError, match="`policy` must have parameters of the critic's own to train them apart, not Frozen"):
         build(n_value_epochs=1)
 
 
-def test_a_buffer_with_minibatches_of_its_own_is_refused_before_any_step() -> None:
-    class OwnOrder(RolloutBuffer):
-        def get(self, batch_size: int | None = None) -> Any:
-            samples = next(super().get(None))
-            for rows in th.arange(self.buffer_size).split(batch_size or 1):
-                yield type(samples)(*(tensor[rows] for tensor in samples))
+class OwnGet(RolloutBuffer):
+    def get(self, batch_size: int | None = None) -> Any:
+        yield from super().get(batch_size)
 
-    model = make(PPOKL, batch_size=4, rollout_buffer_class=OwnOrder)
+
+class OwnSamples(RolloutBuffer):
+    def _get_samples(self, batch_inds: Any, env: Any = None) -> Any:
+        return super()._get_samples(batch_inds, env)
+
+
+@pytest.mark.parametrize("buffer", [OwnGet, OwnSamples])
+def test_a_buffer_with_minibatches_of_its_own_is_refused_for_a_kl_penalty_only(buffer: type[RolloutBuffer]) -> None:
+    make(rollout_buffer_class=buffer).learn(8)
+    message = (
+        f"`rollout_buffer_class` lacks what the exact KL needs: .* leaves `get` and `_get_samples` .*, not {buffer.__name__}"
+    )
+    for kwargs in ({"kl_coef": "auto"}, {"kl_coef": 1.0}, {"kl_coef": "lin_1.0"}):
+        with pytest.raises(ValueError, match=message):
+            make(rollout_buffer_class=buffer, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["ent_coef", "vf_coef", "kl_coef", "value_learning_rate"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_schedule_that_goes_wrong_on_the_way_is_found_before_any_step(name: str, bad: float) -> None:
+    kwargs = {"n_value_epochs": 1} if name == "value_learning_rate" else {}
+    model = make(**{name: lambda progress: 0.1 if progress in (0.0, 1.0) else bad}, **kwargs)
     before = [parameter.clone() for parameter in model.policy.parameters()]
-    with pytest.raises(ValueError, match="`rollout_buffer_class` lacks what the exact KL of `kl_coef` needs"):
-        model.learn(8)
-    assert all(map(th.equal, before, model.policy.parameters()))
-
-
-@pytest.mark.parametrize("name", ["clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef"])
-def test_a_schedule_that_turns_nan_is_found_before_any_step(name: str) -> None:
-    model = make(**{name: lambda progress: 0.1 if progress == 1.0 else math.nan})
-    before = [parameter.clone() for parameter in model.policy.parameters()]
-    with pytest.raises(ValueError, match=f"`{name}.*progress_remaining=0.0"):
-        model.learn(8)
+    with pytest.raises(ValueError, match=rf"`{name}\(progress_remaining=0\.5\)` must be .*, not {bad}"):
+        model.learn(16)  # the first update is at half of it
     assert all(map(th.equal, before, model.policy.parameters()))
 
 
@@ -175,7 +194,17 @@ def test_numpy_numbers_are_numbers(number: Any) -> None:
 
 def test_what_sb3_accepts_is_accepted() -> None:
     """Values that SB3 doesn't check, and that train in some way there, are no errors here."""
-    for kwargs in ({"clip_range": math.inf}, {"ent_coef": -0.1}, {"target_kl": -1.0}, {"vf_coef": 0}, {"max_grad_norm": 1}):
+    for kwargs in (
+        {"clip_range": math.inf},
+        {"clip_range": math.nan},
+        {"clip_range_vf": lambda progress: math.nan},
+        {"ent_coef": -0.1},
+        {"ent_coef": th.tensor([0.1])},
+        {"target_kl": -1.0},
+        {"vf_coef": 0},
+        {"max_grad_norm": 1},
+        {"n_epochs": True},
+    ):
         make(**kwargs).learn(8)
 
 

@@ -1,13 +1,16 @@
 """Hooks inside the update: when they are called, what they see, what they stop; and the callbacks built on them."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import stable_baselines3
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -16,6 +19,7 @@ from stable_baselines3.common.callbacks import (
     EveryNTimesteps,
     StopTrainingOnMaxEpisodes,
 )
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_variants import (
     PPO,
@@ -93,6 +97,53 @@ def test_works_wherever_a_callback_does(wrap: Callable[[BaseCallback], Any], pro
     small().learn(ROLLOUT, callback=wrap(journal), progress_bar=progress_bar)
     assert [call for call in journal.calls if call != "rollout end"] == UPDATE
     assert journal.num_timesteps == ROLLOUT
+
+
+class Container(BaseCallback):
+    """A user's own container, which keeps its children in a dict."""
+
+    def __init__(self, child: BaseCallback) -> None:
+        super().__init__()
+        self.children = {"child": child}
+        self.not_mine = Journal()
+
+    def _init_callback(self) -> None:
+        self.children["child"].init_callback(self.model)
+
+    def _on_step(self) -> bool:
+        return self.children["child"].on_step()
+
+
+def test_works_in_containers_of_users() -> None:
+    """And a callback that is only kept somewhere, without being initialised, is not called."""
+    journal = Journal()
+    container = Container(journal)
+    small().learn(ROLLOUT, callback=container)
+    assert journal.calls == UPDATE
+    assert container.not_mine.calls == []
+
+
+def test_learning_inside_a_callback_leaves_the_hooks_as_they_were() -> None:
+    class Nested(Journal):
+        def _on_rollout_end(self) -> None:
+            if self.model.num_timesteps == ROLLOUT:
+                small().learn(ROLLOUT, callback=Journal())
+
+    nested = Nested()
+    small().learn(2 * ROLLOUT, callback=nested)
+    assert nested.calls == UPDATE * 2
+
+
+def test_a_model_can_be_copied_in_training() -> None:
+    class Copy(BaseCallback):
+        def _on_step(self) -> bool:
+            self.copied = copy.deepcopy(self.model.policy), copy.copy(self.model)
+            self.pickled = cloudpickle.dumps({**self.model.__getstate__(), "_logger": None, "env": None})
+            return True
+
+    callback = Copy()
+    small().learn(ROLLOUT, callback=[Journal(), callback])
+    assert callback.copied[1].num_timesteps > 0
 
 
 def test_is_called_once_where_it_stands_twice() -> None:
@@ -174,6 +225,12 @@ def test_false_ends_the_critics_own_passes_too() -> None:
     assert "train/value_loss" not in watch.logged[0]
 
 
+@pytest.mark.parametrize("true", [True, np.True_, th.tensor(True)])
+def test_any_kind_of_bool_is_a_bool(true: Any) -> None:
+    callback = type("Any", (UpdateCallback,), {"_on_minibatch": lambda self, stats: true})()
+    assert small().learn(ROLLOUT, callback=callback).logger.name_to_value["train/gradient_steps"] == 4
+
+
 @pytest.mark.parametrize("hook", ["_on_minibatch", "_on_epoch_end"])
 def test_a_forgotten_return_is_an_error(hook: str) -> None:
     callback = type("Forgetful", (UpdateCallback,), {hook: lambda self, stats: None})()
@@ -233,7 +290,7 @@ def test_early_stopping_by_minibatch() -> None:
     """Replayed on an unstopped run: the step of the first minibatch beyond factor x target is not taken."""
     watch = Watch()
     make(**FAST).learn(ROLLOUT, callback=watch)
-    kls = watch.updates[0].series("kl")
+    kls = watch.updates[0].kl_series()
     expected = int(np.argmax(kls > 2 * 0.05))
     assert 0 < expected < 16
     stats = stopped(target=0.05, factor=2).updates[0]
@@ -354,6 +411,59 @@ def test_stopping_the_policy_alone_restores_the_policy_alone() -> None:
     assert_same_tensors(*critic_after)
 
 
+def test_the_critics_part_after_the_policys_stop_weighs_the_value_loss() -> None:
+    """By ``vf_coef``, as the joint loss does: with 0 the critic stands still."""
+
+    class AtStop(Watch):
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            stats.stop_policy()
+            return True
+
+    for vf_coef, moves in ((0.5, True), (0.0, False)):
+        model = make(vf_coef=vf_coef)
+        before = model.policy.value_net.weight.clone()
+        model.learn(ROLLOUT, callback=AtStop())
+        assert th.equal(before, model.policy.value_net.weight) != moves
+
+
+@pytest.mark.parametrize("stop", ["both", "policy"])
+def test_early_stopping_leaves_the_critics_own_passes_alone(stop: str) -> None:
+    """As ``target_kl`` does."""
+    watch = Watch()
+    make(n_value_epochs=4).learn(ROLLOUT, callback=[KLEarlyStoppingCallback(1e-9, stop=stop), watch])
+    assert watch.updates[0].epochs_completed == 0
+    assert len(watch.updates[0].series("value_loss")) == 4 * 3
+
+
+class BatchNormExtractor(FlattenExtractor):
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(super().forward(observations))
+
+
+@pytest.mark.parametrize(("stop", "critics_passes"), [("both", 0), ("policy", 8)])
+def test_restoring_takes_modules_buffers_along(stop: str, critics_passes: int) -> None:
+    """BatchNorm counts its minibatches: the restored ones are forgotten, but not the critic's if the policy stops alone."""
+    kwargs = {"features_extractor_class": BatchNormExtractor, "share_features_extractor": False}
+    model = make(**FAST, policy_kwargs=kwargs)
+    model.learn(ROLLOUT, callback=KLEarlyStoppingCallback(1e-9, per="epoch", stop=stop, restore=True))
+    assert model.policy.pi_features_extractor.norm.num_batches_tracked == 0
+    # Two minibatches in the epoch that was taken back for the policy, and two in each of the seven that were left.
+    assert model.policy.vf_features_extractor.norm.num_batches_tracked == (2 + 14 if critics_passes else 0)
+
+
+def test_a_kl_that_is_not_a_number_ends_the_update_and_says_so() -> None:
+    class Spoil(UpdateCallback):
+        def _on_update_start(self) -> None:
+            self.model.rollout_buffer.log_probs[0] = np.nan
+
+    with pytest.warns(UserWarning, match="the KL divergence is nan: the update is ended in epoch 0"):
+        make(batch_size=48).learn(ROLLOUT, callback=[Spoil(), KLEarlyStoppingCallback(estimator="k3")])
+
+
 def test_early_stopping_says_so_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
     stopped(target=1e-6, verbose=1)
     assert "Ending the update in epoch 0: KL" in capsys.readouterr().out
@@ -363,10 +473,38 @@ def test_an_exact_early_stop_needs_an_exact_kl() -> None:
     class NoRolloutBuffer:
         pass
 
-    model = small()
-    model.rollout_buffer = NoRolloutBuffer()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="must be a subclass of RolloutBuffer, not NoRolloutBuffer"):
-        model.learn(ROLLOUT, callback=KLEarlyStoppingCallback())
+    for arguments in ({}, {"estimator": "k1", "per": "epoch"}, {"estimator": "k1", "restore": True}):
+        model = small()
+        model.rollout_buffer = NoRolloutBuffer()  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"must be a subclass of RolloutBuffer .*, not NoRolloutBuffer"):
+            model.learn(ROLLOUT, callback=KLEarlyStoppingCallback(**arguments))
+
+
+def test_an_exact_early_stop_by_minibatch_needs_their_distributions() -> None:
+    from tests.test_parity import OwnEvaluation
+
+    def build() -> PPO:
+        return PPO(OwnEvaluation, RandomEnv(), n_steps=8, batch_size=8, device="cpu")
+
+    with pytest.raises(ValueError, match="`estimator` 'exact' needs the exact KL of each minibatch"):
+        build().learn(8, callback=KLEarlyStoppingCallback())
+    build().learn(8, callback=KLEarlyStoppingCallback(per="epoch"))
+    build().learn(8, callback=KLEarlyStoppingCallback(estimator="k2"))
+
+
+def test_unknown_metrics_are_errors_and_leave_the_logs_alone() -> None:
+    class Ask(UpdateCallback):
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            assert "kl_penalty_loss" not in stats
+            for ask in (stats.latest, stats.mean, stats.series):
+                with pytest.raises(
+                    KeyError, match="there is no metric 'kl_penalty_loss' in this update so far, only policy_loss"
+                ):
+                    ask("kl_penalty_loss")
+            return True
+
+    model = small().learn(ROLLOUT, callback=Ask())
+    assert model.logger.name_to_value["train/kl_penalty_loss"] == 0.0
 
 
 def test_gradient_noise_scale_of_known_gradients() -> None:
@@ -416,6 +554,19 @@ def test_gradient_noise_scale_of_known_gradients() -> None:
         callback._on_update_end(stats)  # type: ignore[arg-type]
     # tr(Sigma) = 100 * 1, |G|^2 = 100 * 0.01
     assert recorded["train/gradient_noise_scale"] == pytest.approx(100, rel=0.1)
+
+
+def test_gradient_noise_scale_takes_full_minibatches_of_the_first_epoch() -> None:
+    class Count(GradientNoiseScaleCallback):
+        def _on_update_end(self, stats: UpdateStats) -> None:
+            super()._on_update_end(stats)
+            self.counted = self._n_minibatches
+
+    count = Count()
+    with pytest.warns(UserWarning, match="truncated mini-batch"):
+        model = make(batch_size=20, n_epochs=3)
+    model.learn(ROLLOUT, callback=count)
+    assert count.counted == 2
 
 
 def test_gradient_noise_scale_is_logged() -> None:

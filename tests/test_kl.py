@@ -112,6 +112,20 @@ def test_a_probability_of_zero_costs_nothing() -> None:
     assert old.kl_divergence(new).tolist() == pytest.approx([math.log(2)], abs=EPS)
 
 
+def test_masked_actions_cost_nothing_and_get_no_gradient() -> None:
+    """Logits of -inf, as action masks use them: ln(1/2 : 1/4) / 2 + ln(1/2 : 3/4) / 2 of the others."""
+    logits = th.tensor([[0.0, math.log(3), 0.0]], dtype=th.float64, requires_grad=True)
+    mask = th.tensor([[False, False, True]])
+    old = CategoricalDistribution(3).proba_distribution(th.tensor([[0.0, 0.0, -math.inf]], dtype=th.float64))
+    new = CategoricalDistribution(3).proba_distribution(logits.masked_fill(mask, -math.inf))
+    kl = exact(old, new)
+    assert kl.tolist() == pytest.approx([math.log(2 / math.sqrt(3))], abs=4 * EPS)
+    # d KL / d logit = q - p
+    kl.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [pytest.approx([0.25 - 0.5, 0.75 - 0.5, 0.0], abs=4 * EPS)]
+
+
 @distributions
 def test_agrees_with_torch(make: Any) -> None:
     old, new = make(1), make(2)
@@ -161,6 +175,18 @@ def test_refuses_a_distribution_without_an_exact_kl() -> None:
 
     with pytest.raises(TypeError, match="no exact KL is known for the action distribution Mixture"):
         distribution_params(Mixture())  # type: ignore[arg-type]
+
+
+def test_refuses_a_subclass_with_another_distribution_inside() -> None:
+    """A Gaussian's formula would be wrong for a Student t."""
+
+    class StudentT(DiagGaussianDistribution):
+        def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "StudentT":
+            self.distribution = th.distributions.StudentT(3.0, mean_actions, log_std.exp())  # type: ignore[assignment]
+            return self
+
+    with pytest.raises(TypeError, match="no exact KL is known for the action distribution StudentT of StudentT"):
+        distribution_params(StudentT(2).proba_distribution(th.zeros(1, 2), th.zeros(2)))
 
 
 def test_joins_batches() -> None:

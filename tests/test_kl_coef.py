@@ -43,6 +43,16 @@ def test_rule_of_rllib() -> None:
     assert trajectory(KLCoefController.from_rule("rllib", initial=0.2), kls) == pytest.approx(expected, rel=1e-15)
 
 
+@pytest.mark.parametrize("rule", ["ppo", "tf_agents", "rllib"])
+def test_the_edges_of_the_bands(rule: str) -> None:
+    """Changed just beyond the published edges, in units of the target, and kept on them."""
+    low, high = {"ppo": (1 / 1.5, 1.5), "tf_agents": (0.7, 1.3), "rllib": (0.5, 2.0)}[rule]
+    controller = KLCoefController.from_rule(rule)
+    for edge, beyond in ((low, 1 - 1e-9), (high, 1 + 1e-9)):
+        assert trajectory(controller, [edge * TARGET]) == [1, 1]
+        assert trajectory(controller, [edge * TARGET * beyond])[1] != 1
+
+
 def test_stays_within_bounds_and_says_so() -> None:
     controller = KLCoefController(initial=1.0, minimum=0.4, maximum=3.0)
     with pytest.warns(UserWarning, match=r"kl_coef is saturated at its maximum, 3: "):
@@ -101,21 +111,28 @@ def test_spellings_of_an_adaptive_penalty() -> None:
         (math.nan, ValueError, "`kl_coef` must be a finite number >= 0, not nan"),
         (math.inf, ValueError, "`kl_coef` must be a finite number >= 0, not inf"),
         (True, TypeError, r"`kl_coef` must be a finite number >= 0, not True \(bool\)"),
-        (None, TypeError, r"`kl_coef` must be a finite number >= 0, not None \(NoneType\)"),
+        (None, TypeError, r"`kl_coef` must be a number >= 0, a schedule, .*, a dict or a KLCoefController, not None"),
+        (KLCoefController, TypeError, "`kl_coef` must be a number >= 0, .* or a KLCoefController, not <class"),
         ("auto_x", ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_x'"),
         ("auto_", ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_'"),
         ("auto_0", ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_0'"),
         ("auto_-1", ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_-1'"),
         ("auto_inf", ValueError, "`kl_coef` must be 'auto' or 'auto_' and a finite number > 0, not 'auto_inf'"),
-        ("automatic", ValueError, "`kl_coef` must be a number, a schedule, 'auto', .* not 'automatic'"),
-        ("lin_x", ValueError, r"`kl_coef` must be a number, a schedule or a string such as 'lin_0\.2', not 'lin_x'"),
-        ("lin_-1", ValueError, r"`kl_coef` must be a number, .* not 'lin_-1'"),
+        ("automatic", ValueError, r"`kl_coef` must be a number >= 0, a schedule, 'lin_3\.0', 'auto', .* not 'automatic'"),
+        ("1e-3", ValueError, "`kl_coef` must be a number >= 0, .* not '1e-3'"),
+        ("lin_x", ValueError, "`kl_coef` must be 'lin_' and a finite number >= 0 if it is a string, not 'lin_x'"),
+        ("lin_-1", ValueError, "`kl_coef` must be 'lin_' and a finite number >= 0 if it is a string, not 'lin_-1'"),
+        ("auto_1e7", ValueError, "`kl_coef` is not allowed to be 'auto_1e7': `initial` must not be greater than `maximum`"),
         (lambda progress: math.nan, ValueError, r"`kl_coef\(progress_remaining=1\.0\)` must be .* not nan"),
         (lambda progress: -1.0, ValueError, r"`kl_coef\(progress_remaining=1\.0\)` must be .* not -1\.0"),
         (lambda progress: "1", TypeError, r"`kl_coef\(progress_remaining=1\.0\)` must be .* not '1' \(str\)"),
-        ({"rule": "trpo"}, ValueError, "`rule` must be one of 'ppo', 'tf_agents', 'rllib', not 'trpo'"),
+        (
+            {"rule": "trpo"},
+            ValueError,
+            "`kl_coef` is .* {'rule': 'trpo'}: `rule` must be one of 'ppo', .*, not 'trpo'",
+        ),
         ({"rule": 1}, TypeError, "`rule` must be one of 'ppo', 'tf_agents', 'rllib', not 1"),
-        ({"inital": 1.0}, TypeError, "`kl_coef` has no argument 'inital', it must be 'rule' or one of 'initial', "),
+        ({"inital": 1.0}, ValueError, "`kl_coef` is .*: `key` must be one of 'rule', 'initial', .*, not 'inital'"),
         ({"initial": 0.0}, ValueError, r"`initial` must be a finite number > 0, not 0\.0"),
         ({"initial": "1"}, TypeError, r"`initial` must be a finite number > 0, not '1' \(str\)"),
     ],

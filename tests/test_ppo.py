@@ -9,6 +9,8 @@ import torch as th
 from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_variants import PPO, PPOKL, KLCoefController, UpdateCallback, UpdateStats
 from sb3_ppo_variants.critic import critic_parameters
@@ -128,7 +130,7 @@ def test_minibatches_know_where_they_come_from() -> None:
 
 def test_kl_of_the_first_minibatch_is_zero() -> None:
     """Before the first step the policy is the old one; its parameters are evaluated in batches of another size."""
-    assert learn(make(PPOKL)).updates[0].series("kl")[0] == pytest.approx(0, abs=1e-10)
+    assert learn(make(PPOKL)).updates[0].kl_series()[0] == pytest.approx(0, abs=1e-10)
 
 
 def test_beta_of_an_update_comes_from_the_updates_before_it() -> None:
@@ -146,10 +148,41 @@ def test_beta_of_an_update_comes_from_the_updates_before_it() -> None:
     assert len({logged["train/kl_coef"] for logged in watch.logged}) > 1
 
 
+@pytest.mark.parametrize(("kl_target", "expected"), [(1e-6, 2.0), (10.0, 0.5)])
+def test_beta_follows_the_target_that_is_given(kl_target: float, expected: float) -> None:
+    model = make(PPOKL, kl_target=kl_target)
+    learn(model)
+    assert model.kl_coef_state == (expected,)
+
+
+def test_the_hinge_follows_the_target_that_is_given() -> None:
+    coefs = learn(make(kl_coef={"hinge_coef": 7.0, "hinge_threshold": 3.0}, kl_target=0.5)).updates[0].coefs
+    assert (coefs.hinge_coef, coefs.hinge_kl) == (7.0, 1.5)
+
+
+def test_arguments_may_change_during_training() -> None:
+    """As SB3's own may: from the next update on."""
+    model = make(value_learning_rate=None)
+    learn(model)
+    model.kl_coef = 2.0
+    assert learn(model).logged[0]["train/kl_coef"] == 2.0
+    model.kl_coef = "auto_4.0"
+    assert learn(model).logged[0]["train/kl_coef"] == 4.0
+    assert model.kl_coef_state is not None
+    model.n_value_epochs = 3
+    stats = learn(model).updates[0]
+    assert len(stats.series("value_loss")) == 3 * 3
+    other = make(seed=9).policy
+    model.policy = other
+    before = other.value_net.weight.clone()
+    learn(model)
+    assert not th.equal(other.value_net.weight, before)
+
+
 def test_logged_penalty_is_beta_times_kl() -> None:
     stats = learn(make(clip_range=None, kl_coef=3.0)).updates[0]
-    np.testing.assert_allclose(stats.series("kl_penalty_loss"), 3 * stats.series("kl"), rtol=1e-6)
-    assert stats.series("kl")[1:].min() > 0
+    np.testing.assert_allclose(stats.series("kl_penalty_loss"), 3 * stats.kl_series(), rtol=1e-5, atol=1e-9)
+    assert stats.kl_series()[1:].min() > 0
 
 
 def test_a_fixed_beta_can_follow_a_schedule() -> None:
@@ -190,12 +223,11 @@ def test_the_hinge_acts_beyond_its_threshold() -> None:
     assert hinged < without / 1.5
 
 
-@pytest.mark.filterwarnings("ignore:kl_coef is saturated")
 def test_saturated_beta_warns_and_training_goes_on() -> None:
-    model = make(PPOKL, kl_coef={"initial": 1.0, "minimum": 0.9, "maximum": 1.1})
-    learn(model, 3)
-    assert model.kl_coef_state is not None
-    assert model.kl_coef_state.kl_coef in (0.9, 1.0, 1.1)
+    model = make(PPOKL, kl_coef={"initial": 1.0, "maximum": 1.5}, kl_target=1e-9)
+    with pytest.warns(UserWarning, match=r"kl_coef is saturated at its maximum, 1\.5"):
+        watch = learn(model, 3)
+    assert [logged["train/kl_coef"] for logged in watch.logged] == [1.0, 1.5, 1.5]
 
 
 def test_the_critics_own_passes() -> None:
@@ -248,9 +280,64 @@ def test_target_kl_stops_the_policy_but_not_the_critics_own_passes() -> None:
     assert len(stats.series("value_loss")) == 4 * 3
 
 
+def critics_gradients(model: PPO, n_updates: int = 1) -> list[float]:
+    """Norms of the critic's gradients in its own passes, as its optimiser sees them."""
+    assert model.value_optimizer is not None
+    norms = []
+    step = model.value_optimizer.step
+
+    def watched_step() -> None:
+        gradients = [parameter.grad.flatten() for parameter in critic_parameters(model.policy) if parameter.grad is not None]
+        norms.append(th.cat(gradients).norm().item())
+        step()
+
+    model.value_optimizer.step = watched_step  # type: ignore[method-assign]
+    learn(model, n_updates)
+    return norms
+
+
+def test_the_critics_own_passes_clip_the_gradients_norm() -> None:
+    assert max(critics_gradients(make(n_value_epochs=1, max_grad_norm=100.0))) > 0.1
+    assert max(critics_gradients(make(n_value_epochs=1, max_grad_norm=0.01))) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_critics_own_passes_clip_values() -> None:
+    """With next to no room, the clipped value is the old one: a loss that stays where it is, and next to no gradient."""
+    kwargs: dict[str, Any] = {"n_value_epochs": 10, "value_learning_rate": 1e-2, "batch_size": 48}
+    losses = learn(make(clip_range_vf=1e-9, **kwargs)).updates[0].series("value_loss")
+    assert losses[-1] == pytest.approx(losses[0], rel=1e-4)
+    assert learn(make(**kwargs)).updates[0].series("value_loss")[-1] < 0.9 * losses[0]
+
+
+class TrunkPolicy(ActorCriticPolicy):
+    """Actor and critic share a hidden layer; the critic's head stands where no SB3 policy has it."""
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.value_net[0] = self.mlp_extractor.policy_net[0]
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.head = th.nn.Linear(1, 1)
+        self.optimizer = th.optim.Adam(self.parameters(), lr=lr_schedule(1))
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return self.head(super().predict_values(obs))
+
+
+def test_the_critics_parameters_are_those_that_only_values_depend_on() -> None:
+    env = make_vec_env(RandomEnv, 2, seed=0)
+    with pytest.warns(UserWarning, match="parameters that actor and critic share"):
+        model = PPO(TrunkPolicy, env, n_steps=24, batch_size=16, n_value_epochs=2, device="cpu")
+    own = {id(parameter) for parameter in critic_parameters(model.policy)}
+    names = [name for name, parameter in model.policy.named_parameters() if id(parameter) in own]
+    hidden = ["mlp_extractor.value_net.2.weight", "mlp_extractor.value_net.2.bias"]
+    assert names == [*hidden, "value_net.weight", "value_net.bias", "head.weight", "head.bias"]
+
+
 def test_a_shared_extractor_is_warned_about_and_left_to_the_policy() -> None:
     kwargs: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu", "n_value_epochs": 2}
-    with pytest.warns(UserWarning, match="shared features extractor: the extractor is trained by the policy's loss alone"):
+    with pytest.warns(UserWarning, match="parameters that actor and critic share, .* are trained by the policy's loss alone"):
         model = PPO("CnnPolicy", RandomEnv("image", "discrete"), **kwargs)
     extractor = {id(parameter) for parameter in model.policy.features_extractor.parameters()}
     assert not extractor & {id(parameter) for parameter in critic_parameters(model.policy)}
@@ -289,8 +376,39 @@ def test_an_evaluation_of_ones_own_is_asked_for_its_distribution() -> None:
     for policy in (OwnEvaluation, "MlpPolicy"):
         env = make_vec_env(RandomEnv, 2, seed=0)
         model = PPOKL(policy, env, n_steps=24, batch_size=16, n_epochs=3, seed=0, device="cpu")
-        series.append(learn(model).updates[0].series("kl"))
+        series.append(learn(model).updates[0].kl_series())
     np.testing.assert_array_equal(series[0], series[1])
+
+
+def test_a_distribution_for_other_states_is_not_believed() -> None:
+    """A policy that evaluates other states afterwards trains with the KL of the states that it was asked about."""
+    from tests.test_parity import SecondThoughts
+
+    series = []
+    for policy in (SecondThoughts, "MlpPolicy"):
+        env = make_vec_env(RandomEnv, 2, seed=0)
+        model = PPOKL(policy, env, n_steps=24, batch_size=16, n_epochs=3, seed=0, device="cpu")
+        series.append(learn(model).updates[0].kl_series())
+    np.testing.assert_array_equal(series[0], series[1])
+
+
+def test_kl_is_measured_in_evaluation_mode() -> None:
+    """Dropout would show the policy far from itself."""
+
+    class Dropout(FlattenExtractor):
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return th.nn.functional.dropout(super().forward(observations), 0.5, self.training)
+
+    watch = learn(make(policy_kwargs={"features_extractor_class": Dropout}, learning_rate=0.0))
+    assert watch.kls == [pytest.approx(0, abs=1e-9)]
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:You are trying to run PPO")
+@pytest.mark.parametrize("kwargs", [{}, {"clip_range": None, "kl_coef": "auto"}, {"n_value_epochs": 2}])
+def test_trains_on_a_gpu(kwargs: dict[str, Any]) -> None:
+    watch = learn(make(device="cuda", **kwargs), 2)
+    assert all(math.isfinite(kl) and kl > 0 for kl in watch.kls)
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")

@@ -75,7 +75,11 @@ def test_another_kl_coef_starts_anew(tmp_path: Path) -> None:
     learn(model, 3)
     model.save(tmp_path / "model.zip")
     assert model.kl_coef_state != (5.0,)
-    assert PPOKL.load(tmp_path / "model.zip", kl_coef="auto_5.0").kl_coef_state == (5.0,)
+    for arguments in ({"kl_coef": "auto_5.0"}, {"custom_objects": {"kl_coef": "auto_5.0"}}):
+        assert PPOKL.load(tmp_path / "model.zip", **arguments).kl_coef_state == (5.0,)
+    # The RL Zoo hands all hyperparameters to `load` again: what hasn't changed goes on.
+    for unchanged in ("auto", "auto_1.0", {"rule": "ppo"}):
+        assert PPOKL.load(tmp_path / "model.zip", kl_coef=unchanged).kl_coef_state == model.kl_coef_state
     assert PPOKL.load(tmp_path / "model.zip", kl_coef=2.0).kl_coef_state is None
 
 
@@ -100,7 +104,7 @@ def test_loads_what_sb3_saved_and_goes_on(algorithm: type[PPO], tmp_path: Path) 
 
 
 def test_the_critics_optimiser_may_come_and_go(tmp_path: Path) -> None:
-    joint, apart = make(), make(n_value_epochs=2)
+    joint, apart = make(), make(n_value_epochs=2, value_learning_rate=1e-3)
     learn(joint)
     learn(apart)
     joint.save(tmp_path / "joint.zip")

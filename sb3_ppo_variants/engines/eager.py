@@ -1,103 +1,137 @@
 """The reference engine: losses as written, gradients by autograd, steps by the policy's own optimiser."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_variants.kl import DistributionParams, distribution_params
 from sb3_ppo_variants.losses import Coefficients, Evaluation, Metrics, Samples, ppo_loss, value_loss
-from sb3_ppo_variants.rollout import Minibatch, policy_actions
+from sb3_ppo_variants.rollout import Minibatch, minibatches, policy_actions
 from sb3_ppo_variants.trust_region import TrustRegion
+
+
+class Forward(NamedTuple):
+    """
+    What a minibatch of ``b`` samples shows of the current policy, all detached.
+
+    :param log_ratio: ln pi_new(a|s) - ln pi_old(a|s), shape (b,)
+    :param params: the action distributions' parameters, ``None`` if they are not known
+    :param metrics: the losses and what else is logged, each of shape ()
+    """
+
+    log_ratio: th.Tensor
+    params: DistributionParams | None
+    metrics: Metrics
 
 
 class EagerEngine:
     """
-    Takes gradient steps on minibatches.
+    Takes gradient steps on minibatches: :meth:`forward`, :meth:`backward`, :meth:`step`, in this order.
 
     :param policy: the policy that is updated
+    :param buffer: the full rollout buffer
     :param action_space: of the environment
     :param coefs: the coefficients in effect
     :param max_grad_norm: gradients are scaled down to this norm
     :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
     """
 
+    _loss: th.Tensor
+
     def __init__(
         self,
         policy: ActorCriticPolicy,
+        buffer: RolloutBuffer,
         action_space: spaces.Space[Any],
         coefs: Coefficients,
         max_grad_norm: float,
         trust_region: TrustRegion | None,
     ) -> None:
         self._policy = policy
+        self._buffer = buffer
         self._action_space = action_space
         self._coefs = coefs
         self._max_grad_norm = max_grad_norm
         self._trust_region = trust_region
 
-    def loss(self, minibatch: Minibatch) -> tuple[th.Tensor, Evaluation, Metrics]:
-        """
-        The loss of the current policy on a minibatch.
+    def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
+        """One pass over the rollout, in random order."""
+        return minibatches(self._buffer, batch_size)
 
-        :return: the loss, shape (), with its graph; the policy's evaluation of the minibatch; detached metrics
-        :raises ValueError: if the loss has a KL penalty and the minibatch's indices are not known
-        """
-        evaluation = self._evaluate(minibatch)
-        if self._coefs.penalizes_kl and evaluation.kl is None:
-            raise ValueError(
-                "`rollout_buffer_class` lacks what the exact KL of `kl_coef` needs: its `get` must gather minibatches "
-                "with `_get_samples(batch_inds)`, as RolloutBuffer's does"
-            )
-        loss, metrics = ppo_loss(evaluation, _samples(minibatch), self._coefs)
-        return loss, evaluation, metrics
+    def forward(self, minibatch: Minibatch) -> Forward:
+        """The loss of the current policy on a minibatch."""
+        actions = policy_actions(minibatch.samples.actions, self._action_space)
+        stale = _inner_distribution(self._policy)
+        values, log_prob, entropy = self._policy.evaluate_actions(minibatch.samples.observations, actions)
+        params = None if self._trust_region is None else self._params(minibatch, actions, log_prob, stale)
+        kl = None
+        if self._coefs.penalizes_kl:
+            assert self._trust_region is not None
+            assert minibatch.indices is not None
+            assert params is not None
+            kl = self._trust_region.kl(minibatch.indices, params)
+        self._loss, metrics = ppo_loss(Evaluation(values.flatten(), log_prob, entropy, kl), _samples(minibatch), self._coefs)
+        log_ratio = log_prob.detach() - minibatch.samples.old_log_prob
+        return Forward(log_ratio, None if params is None else params.map(th.Tensor.detach), metrics)
 
-    def critic_loss(self, minibatch: Minibatch, vf_coef: float) -> tuple[th.Tensor, Metrics]:
+    def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
         """
-        The value loss alone.
+        The value loss alone on a minibatch.
 
         :param vf_coef: its weight
-        :return: the weighted loss, shape (), with its graph; detached metrics
         """
         values = self._policy.predict_values(minibatch.samples.observations).flatten()
         loss = value_loss(values, _samples(minibatch), self._coefs.clip_range_vf)
-        return vf_coef * loss, {"value_loss": loss.detach()}
+        self._loss = vf_coef * loss
+        return {"value_loss": loss.detach()}
 
-    def backward(self, loss: th.Tensor, parameters: list[th.nn.Parameter] | None = None) -> Metrics:
+    def backward(self, parameters: list[th.nn.Parameter] | None = None) -> Metrics:
         """
-        Leave the loss's gradient, clipped in norm, in ``parameter.grad``.
+        Leave the gradient of the latest loss, clipped in norm, in ``parameter.grad``.
 
-        :param loss: shape (), with its graph
         :param parameters: those that get a gradient; ``None`` for all that the loss depends on
         :return: the gradient's norm before clipping
         """
         self._policy.optimizer.zero_grad()
-        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+        self._loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         grad_norm = th.nn.utils.clip_grad_norm_(self._policy.parameters(), self._max_grad_norm)
         return {"grad_norm": grad_norm.detach()}
 
-    def _evaluate(self, minibatch: Minibatch) -> Evaluation:
-        actions = policy_actions(minibatch.samples.actions, self._action_space)
-        stale = _inner_distribution(self._policy)
-        values, log_prob, entropy = self._policy.evaluate_actions(minibatch.samples.observations, actions)
-        kl = None
-        if self._trust_region is not None and minibatch.indices is not None:
-            old = self._trust_region.old.map(lambda tensor: tensor[minibatch.indices])
-            new = self._new_params(minibatch, stale)
-            kl = old.kl_divergence(new) if new is not None else None
-        return Evaluation(values.flatten(), log_prob, entropy, kl)
+    def step(self, optimizer: th.optim.Optimizer) -> None:
+        """Apply the gradient."""
+        optimizer.step()
 
-    def _new_params(self, minibatch: Minibatch, stale: object) -> DistributionParams | None:
-        # `evaluate_actions` leaves the distribution that it has built in `policy.action_dist`. One that a user has
-        # overridden may not: then a second forward pass has to tell, but only if the loss needs it, as it may draw
-        # random numbers (dropout) that SB3 would not draw.
+    def _params(
+        self, minibatch: Minibatch, actions: th.Tensor, log_prob: th.Tensor, stale: object
+    ) -> DistributionParams | None:
+        """
+        The parameters of the action distributions behind ``log_prob``.
+
+        SB3's ``evaluate_actions`` leaves the distribution that it has built in ``policy.action_dist``. One that a user has
+        overridden may build another, or evaluate the policy again afterwards: what it leaves is believed if it is new and
+        explains the log-probabilities. If not, a second forward pass has to tell, but only if the loss needs it, as it
+        may draw random numbers (dropout) that SB3 would not draw.
+        """
+        distribution: Any = getattr(self._policy, "action_dist", None)
         if _inner_distribution(self._policy) is not stale:
-            params = distribution_params(self._policy.action_dist)
-            return params if self._coefs.penalizes_kl else params.map(th.Tensor.detach)
+            own = type(self._policy).evaluate_actions is ActorCriticPolicy.evaluate_actions
+            if own or _explains(distribution, actions, log_prob):
+                return distribution_params(distribution)
         if self._coefs.penalizes_kl:
             return distribution_params(self._policy.get_distribution(minibatch.samples.observations))
         return None
+
+
+def _explains(distribution: Any, actions: th.Tensor, log_prob: th.Tensor) -> bool:
+    try:
+        with th.no_grad():
+            return th.equal(distribution.log_prob(actions), log_prob)
+    except (RuntimeError, ValueError):  # the distribution is one for other states, and their number doesn't fit
+        return False
 
 
 def _inner_distribution(policy: ActorCriticPolicy) -> object:

@@ -41,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--timesteps must be at least 1, not {options.timesteps}")
 
     tensorboard = options.output / "tensorboard"
-    shutil.rmtree(tensorboard, ignore_errors=True)  # the curves of an earlier demo would mix with these
-    tensorboard.mkdir(parents=True)
+    tensorboard.mkdir(parents=True, exist_ok=True)
     runs = [
         Run(ENV_ID, variant, seed, options.timesteps, N_ENVS, {**ARGUMENTS, **variant_arguments})
         for seed in range(options.seeds)
         for variant, variant_arguments in VARIANTS.items()
     ]
+    for run in runs:  # the curves of an earlier demo would mix with these
+        for folder in tensorboard.glob(f"{run.name}_*"):
+            shutil.rmtree(folder)
     print(f"Training {len(runs)} agents on {ENV_ID}: {', '.join(VARIANTS)}, {options.seeds} seeds each.")
     results = train_all(runs, tensorboard)
     write_report(results, options.output)

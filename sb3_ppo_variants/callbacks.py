@@ -92,6 +92,9 @@ class UpdateHooks:
     def __init__(self) -> None:
         self._callbacks: list[UpdateCallback] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._callbacks)
+
     def register(self, callback: UpdateCallback) -> None:
         """Add a callback; one that stands in several places is called once."""
         if callback not in self._callbacks:
@@ -195,8 +198,8 @@ class KLEarlyStoppingCallback(UpdateCallback):
             return ESTIMATORS[self.estimator](log_ratio).mean().item()
         if kl is None:
             raise ValueError(
-                "`estimator` 'exact' needs the exact KL of each minibatch, which this policy's `evaluate_actions` doesn't "
-                "leave in `action_dist`: it must be 'k1', 'k2' or 'k3', or `per` must be 'epoch'"
+                "`estimator` 'exact' needs the exact KL of each minibatch, which is not known: this policy fails in "
+                "evaluation, or its `evaluate_actions` leaves no distribution in `action_dist`. It must be 'k1', 'k2' or 'k3'"
             )
         return kl.mean().item()
 
@@ -217,7 +220,7 @@ class KLEarlyStoppingCallback(UpdateCallback):
         if self.stop == "policy":
             stats.stop_policy()
         else:
-            stats.stop_policys_passes()
+            stats.stop_policy_phase()
         return True
 
 

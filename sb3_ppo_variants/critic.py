@@ -33,19 +33,19 @@ def shares_parameters(policy: ActorCriticPolicy) -> bool:
 
 def _reached(policy: ActorCriticPolicy, by_values: bool) -> set[str]:
     """Names of the trainable parameters that the values, or else the actions' log-probabilities, have gradients for."""
-    with undisturbed(policy) as isolated, th.enable_grad():
-        observation = isolated.obs_to_tensor(_zeros(isolated.observation_space))[0]
+    with undisturbed(policy), th.enable_grad():
+        observation = policy.obs_to_tensor(_zeros(policy.observation_space))[0]
         if by_values:
-            output = isolated.predict_values(observation)
+            output = policy.predict_values(observation)
         else:
             with th.no_grad():
-                actions = isolated(observation)[0]
-            if isinstance(isolated.action_space, spaces.Discrete):
+                actions = policy(observation)[0]
+            if isinstance(policy.action_space, spaces.Discrete):
                 actions = actions.flatten()
-            output = isolated.evaluate_actions(observation, actions)[1]
+            output = policy.evaluate_actions(observation, actions)[1]
         if not output.requires_grad:
             return set()
-        trainable = {name: parameter for name, parameter in isolated.named_parameters() if parameter.requires_grad}
+        trainable = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
         gradients = th.autograd.grad(output.sum(), list(trainable.values()), allow_unused=True)
     return {name for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
 

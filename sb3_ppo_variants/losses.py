@@ -39,6 +39,11 @@ class Coefficients(NamedTuple):
     hinge_kl: float
 
     @property
+    def critic_apart(self) -> bool:
+        """Whether the critic has passes of its own."""
+        return self.vf_coef is None
+
+    @property
     def penalizes_kl(self) -> bool:
         """Whether the loss has a KL penalty."""
         return self.kl_coef > 0 or self.hinge_coef > 0

@@ -29,7 +29,7 @@ from sb3_ppo_variants.callbacks import UpdateHooks
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
 from sb3_ppo_variants.engines import ENGINES, EagerEngine
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
-from sb3_ppo_variants.logs import log_update
+from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import Coefficients
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
@@ -158,7 +158,7 @@ class PPO(stable_baselines3.PPO):
                 setattr(self, name, parse_schedule(name, value))
         for name in ("ent_coef", "vf_coef"):
             value = vars(self).get(name)
-            if callable(value) or isinstance(value, str):
+            if callable(value) or isinstance(value, str) or (value is None and name in vars(self)):
                 check_coefficient(name, value, check_finite)
         check_positive("kl_target", self.kl_target)
         if self.n_value_epochs is not None:
@@ -171,6 +171,7 @@ class PPO(stable_baselines3.PPO):
                 )
         check_choice("engine", self.engine, ENGINES)
         self._read_kl_coef()
+        self._arguments_read = self._new_arguments()
 
     def _read_kl_coef(self) -> None:
         """Parse ``kl_coef``; a beta that has been adapted is kept unless it belongs to another rule."""
@@ -193,7 +194,9 @@ class PPO(stable_baselines3.PPO):
             self.clip_range = None
         if isinstance(self._kl_coef, KLCoefController) or callable(self.kl_coef) or self.kl_coef:
             check_exact_kl(self.policy, self.rollout_buffer)
-        if self.n_value_epochs is not None:
+        if self.n_value_epochs is None:
+            self._drop_value_optimizer()
+        else:
             self._setup_value_optimizer()
 
     def _setup_value_optimizer(self) -> None:
@@ -212,12 +215,22 @@ class PPO(stable_baselines3.PPO):
         )
         self._value_optimizer_policy = self.policy
 
+    def _new_arguments(self) -> list[Any]:
+        names = ("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "engine")
+        return [vars(self).get(name) for name in names]
+
     def _follow_changes(self) -> None:
-        """Take over what a callback has changed since the last update, as SB3 does with its own arguments."""
-        if self.kl_coef is not self._kl_coef_source:
-            self._read_kl_coef()
-        if self.n_value_epochs is not None and self._value_optimizer_policy is not self.policy:
+        """Take over what a callback has assigned to the new arguments since the last update."""
+        if any(new is not read for new, read in zip(self._new_arguments(), self._arguments_read, strict=True)):
+            self._read_arguments()
+        if self.n_value_epochs is None:
+            self._drop_value_optimizer()
+        elif self._value_optimizer_policy is not self.policy:
             self._setup_value_optimizer()
+
+    def _drop_value_optimizer(self) -> None:
+        if self._value_optimizer_policy is not None:  # else it is a subclass's own, if there is one
+            self.value_optimizer, self._value_optimizer_policy = None, None
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         # `learn` keeps the callback to itself, and containers don't hand on hooks that they don't know: callbacks with
@@ -239,7 +252,8 @@ class PPO(stable_baselines3.PPO):
         coefs = self._current_coefficients()
         trust_region = self._if_exact_kl_is_known(coefs, partial(self._make_trust_region, coefs))
         engine = self._make_engine(coefs, trust_region)
-        stats = UpdateStats(coefs, trust_region)
+        watched = bool(self._update_hooks) or bool(tensorboard_writers(self.logger))
+        stats = UpdateStats(coefs, trust_region, keep_kls=watched)
         self._update_hooks.on_update_start(self.num_timesteps)
 
         while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
@@ -293,7 +307,7 @@ class PPO(stable_baselines3.PPO):
             return True
         if self.verbose >= 1:
             print(f"Early stopping at step {stats.epochs_completed} due to reaching max kl: {approx_kl:.2f}")
-        stats.stop_policys_passes()
+        stats.stop_policy_phase()
         return False
 
     def _update_learning_rates(self) -> None:
@@ -391,12 +405,15 @@ class PPO(stable_baselines3.PPO):
 
     def _excluded_save_params(self) -> list[str]:
         # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
-        own = ["_kl_coef", "_update_hooks", "_exact_kl_known", "_value_optimizer_policy"]
-        return [*super()._excluded_save_params(), *own, *(["value_optimizer"] if self.n_value_epochs is not None else [])]
+        own = ["_kl_coef", "_arguments_read", "_update_hooks", "_exact_kl_known", "_value_optimizer_policy"]
+        return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
+
+    def _own_optimizers(self) -> list[str]:
+        return ["value_optimizer"] if self._value_optimizer_policy is not None else []
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *(["value_optimizer"] if self.n_value_epochs is not None else [])], tensors
+        return [*state_dicts, *self._own_optimizers()], tensors
 
     def set_parameters(
         self,
@@ -413,7 +430,7 @@ class PPO(stable_baselines3.PPO):
             params = dict(load_path_or_dict)
         else:
             params = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
-        if self.n_value_epochs is not None:
+        if self._value_optimizer_policy is not None:
             assert self.value_optimizer is not None
             params.setdefault("value_optimizer", self.value_optimizer.state_dict())  # type: ignore[arg-type]
         elif "value_optimizer" not in self._get_torch_save_params()[0]:

@@ -56,9 +56,9 @@ class TrustRegion:
         self._buffer = buffer
         self._action_space = action_space
         self._chunk_size = max(batch_size, CHUNK_ELEMENTS // spaces.flatdim(buffer.observation_space))
-        with th.no_grad(), undisturbed(policy) as isolated:
+        with th.no_grad(), undisturbed(policy):
             chunks = observation_chunks(buffer, flat_observations(buffer), self._chunk_size)
-            params = [distribution_params(isolated.get_distribution(chunk)) for chunk in chunks]
+            params = [distribution_params(policy.get_distribution(chunk)) for chunk in chunks]
         self.old = type(params[0]).cat(params)
 
     def kl(self, indices: th.Tensor, new: DistributionParams) -> th.Tensor:
@@ -75,10 +75,10 @@ class TrustRegion:
         """How far the policy has moved by now; one forward pass of the actor over the rollout."""
         actions = th.split(flat_actions(self._buffer, self._action_space), self._chunk_size)
         params, log_probs = [], []
-        with th.no_grad(), undisturbed(self._policy) as isolated:
+        with th.no_grad(), undisturbed(self._policy):
             chunks = observation_chunks(self._buffer, flat_observations(self._buffer), self._chunk_size)
             for observations, chunk_actions in zip(chunks, actions, strict=True):
-                distribution = isolated.get_distribution(observations)
+                distribution = self._policy.get_distribution(observations)
                 params.append(distribution_params(distribution))
                 log_probs.append(distribution.log_prob(chunk_actions))
             kl = self.old.kl_divergence(type(self.old).cat(params))

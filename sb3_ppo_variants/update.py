@@ -10,6 +10,9 @@ from sb3_ppo_variants.losses import Coefficients, Metrics
 from sb3_ppo_variants.rollout import Minibatch
 from sb3_ppo_variants.trust_region import Displacement, TrustRegion
 
+MAX_PENDING = 2**18
+"""Numbers in the distributions' parameters that are kept until their KL is evaluated."""
+
 
 class _Record(NamedTuple):
     epoch: int
@@ -26,6 +29,7 @@ class UpdateStats:
 
     :param coefs: the coefficients in effect
     :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
+    :param keep_kls: whether anybody may ask for the exact KL of minibatches before the latest one
     """
 
     epochs_completed: int
@@ -39,7 +43,7 @@ class UpdateStats:
     displacement: Displacement | None
     """How far the whole update has moved the policy; set before ``_on_update_end``, ``None`` if it is not known."""
 
-    def __init__(self, coefs: Coefficients, trust_region: TrustRegion | None) -> None:
+    def __init__(self, coefs: Coefficients, trust_region: TrustRegion | None, keep_kls: bool = True) -> None:
         self.coefs = coefs
         self.epochs_completed = 0
         self.gradient_steps = 0
@@ -48,8 +52,12 @@ class UpdateStats:
         self.critic_stopped = False
         self._trust_region = trust_region
         self._history: dict[str, list[_Record]] = {}
-        # The exact KL costs several small operations: evaluated when asked for, over many minibatches at once.
-        self._distributions: list[tuple[int, th.Tensor, DistributionParams] | None] = []
+        self._keep_kls = keep_kls
+        self._params: DistributionParams | None = None
+        self._kls: list[tuple[int, th.Tensor]] = []
+        # The exact KL costs several small operations: evaluated over many minibatches at once.
+        self._pending: list[tuple[int, th.Tensor, DistributionParams]] = []
+        self._n_pending = 0
 
     def add_minibatch(
         self, minibatch: Minibatch, log_ratio: th.Tensor, params: DistributionParams | None, metrics: Metrics
@@ -64,8 +72,12 @@ class UpdateStats:
         """
         self.minibatch = minibatch
         self.log_ratio = log_ratio
-        known = params is not None and minibatch.indices is not None
-        self._distributions.append((self.epochs_completed, minibatch.indices, params) if known else None)  # type: ignore[arg-type]
+        self._params = params
+        if self._keep_kls and params is not None and minibatch.indices is not None:
+            self._pending.append((self.epochs_completed, minibatch.indices, params))
+            self._n_pending += params.tensors()[0].numel()
+            if self._n_pending > MAX_PENDING:
+                self._minibatch_kls()
         self.add(metrics)
 
     def add(self, metrics: Metrics) -> None:
@@ -81,9 +93,9 @@ class UpdateStats:
         """End this update, for policy and critic."""
         self.policy_stopped = self.critic_stopped = True
 
-    def stop_policys_passes(self) -> None:
-        """End the passes that the policy is trained in, with the critic where it is trained in them too."""
-        if self.coefs.vf_coef is None:
+    def stop_policy_phase(self) -> None:
+        """End the policy's part, and the critic's too unless it has passes of its own, which go on."""
+        if self.coefs.critic_apart:
             self.stop_policy()
         else:
             self.stop()
@@ -91,10 +103,9 @@ class UpdateStats:
     @property
     def kl(self) -> th.Tensor | None:
         """Exact KL(old || new) of the latest minibatch, shape (b,), in nats; ``None`` if it is not known."""
-        if self._trust_region is None or self._distributions[-1] is None:
+        if self._trust_region is None or self._params is None or self.minibatch.indices is None:
             return None
-        _, indices, params = self._distributions[-1]
-        return self._trust_region.kl(indices, params)
+        return self._trust_region.kl(self.minibatch.indices, self._params)
 
     def kl_series(self) -> np.ndarray:
         """Exact KL(old || new) of every minibatch so far, averaged over its samples, in nats; empty if it is not known."""
@@ -108,12 +119,13 @@ class UpdateStats:
 
     def _minibatch_kls(self) -> list[tuple[int, th.Tensor]]:
         """The epoch and the samples' KL, of shape (b,), of each minibatch whose exact KL is known."""
-        known = [distribution for distribution in self._distributions if distribution is not None]
-        if self._trust_region is None or not known:
-            return []
-        epochs, indices, params = zip(*known, strict=True)
-        kl = self._trust_region.kl(th.cat(indices), type(params[0]).cat(params))
-        return list(zip(epochs, th.split(kl, [len(rows) for rows in indices]), strict=True))
+        if self._pending:
+            assert self._trust_region is not None
+            epochs, indices, params = zip(*self._pending, strict=True)
+            kl = self._trust_region.kl(th.cat(indices), type(params[0]).cat(params))
+            self._kls.extend(zip(epochs, th.split(kl, [len(rows) for rows in indices]), strict=True))
+            self._pending, self._n_pending = [], 0
+        return self._kls
 
     def __contains__(self, name: str) -> bool:
         return name in self._history

@@ -67,6 +67,7 @@ class NoRolloutBuffer:
             ValueError,
             r"`ent_coef\(progress_remaining=1\.0\)` must be .*, not nan",
         ),
+        ({"vf_coef": None}, TypeError, r"`vf_coef` must be a finite number, not None \(NoneType\)"),
         ({"vf_coef": lambda _: None}, TypeError, r"`vf_coef\(progress_remaining=1\.0\)` must be a finite number, not None"),
         ({"clip_range_vf": "lin_"}, ValueError, "`clip_range_vf` must be 'lin_' and a finite number >= 0 if .*, not 'lin_'"),
         (

@@ -17,7 +17,12 @@ from benchmarks.variants import VARIANTS
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
+    # What an earlier demo has left is replaced, what a user has put beside it is not.
+    for name in ("CartPole-v1/clip/seed_0_1", "mine"):
+        (folder / "tensorboard" / name).mkdir(parents=True)
+        (folder / "tensorboard" / name / "old").touch()
     main(["--seeds", "2", "--timesteps", "3000", "--output", str(folder)])
+    assert [path.parent.name for path in folder.rglob("old")] == ["mine"]
     return folder
 
 

@@ -427,6 +427,50 @@ def test_trains_the_same_bits_with_what_users_put_into_a_model(prepare: Callable
     assert_same_model(*reversed(models))
 
 
+def counting_hook(model: stable_baselines3.PPO) -> None:
+    """A forward hook with state in the module."""
+    layer = model.policy.mlp_extractor.policy_net[0]
+    layer.n_passes = 0
+
+    def hook(module: nn.Module, inputs: Any, output: th.Tensor) -> th.Tensor:
+        module.n_passes += 1
+        return output + 0.001 * module.n_passes
+
+    layer.register_forward_hook(hook)
+
+
+def scripted_network(model: stable_baselines3.PPO) -> None:
+    """A network in TorchScript, with a buffer that changes."""
+
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", th.zeros(64))
+
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(dim=0))
+            return x - self.mean
+
+    model.policy.mlp_extractor.policy_net.append(th.jit.script(Running()))
+
+
+def compiled_policy(model: stable_baselines3.PPO) -> None:
+    model.policy = th.compile(model.policy, backend="eager")
+
+
+@pytest.mark.parametrize("prepare", [counting_hook, scripted_network, compiled_policy])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_trains_the_same_bits_with_what_users_do_to_a_policy(prepare: Callable[[stable_baselines3.PPO], None]) -> None:
+    models = []
+    for algorithm in (stable_baselines3.PPO, sb3_ppo_variants.PPO):
+        model = make_model(algorithm, CONFIGS["box"])
+        prepare(model)
+        models.append(model.learn(3 * N_STEPS * N_ENVS))
+    assert_same_model(*reversed(models))
+    assert "train/kl" in models[1].logger.name_to_value
+
+
 def entropy_schedule(base: type[stable_baselines3.PPO]) -> type[stable_baselines3.PPO]:
     class Scheduled(base):  # type: ignore[misc, valid-type]
         """A property in place of SB3's attribute, which can't be read before the constructor has ended."""

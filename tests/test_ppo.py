@@ -1,5 +1,6 @@
 """The variants inside ``train()``: which KL, which beta when, the critic's own passes, and what each variant learns."""
 
+import copy
 import math
 from typing import Any
 
@@ -177,6 +178,19 @@ def test_arguments_may_change_during_training() -> None:
     before = other.value_net.weight.clone()
     learn(model)
     assert not th.equal(other.value_net.weight, before)
+    model.n_value_epochs = None
+    model.ent_coef = "lin_0.1"
+    assert learn(model).updates[0].coefs.vf_coef == 0.5
+    assert model.value_optimizer is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("kl_target", -1.0), ("n_value_epochs", 0), ("engine", "x"), ("kl_coef", "x")])
+def test_what_is_assigned_during_training_is_checked_too(name: str, value: Any) -> None:
+    model = make(PPOKL)
+    learn(model)
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        learn(model)
 
 
 def test_logged_penalty_is_beta_times_kl() -> None:
@@ -390,6 +404,34 @@ def test_a_distribution_for_other_states_is_not_believed() -> None:
         model = PPOKL(policy, env, n_steps=24, batch_size=16, n_epochs=3, seed=0, device="cpu")
         series.append(learn(model).updates[0].kl_series())
     np.testing.assert_array_equal(series[0], series[1])
+
+
+def test_a_policy_that_overrides_its_distribution_only_is_asked_for_it() -> None:
+    """Of the distribution that is kept for the old policy and the one of the loss, neither may be another's."""
+
+    class Sharper(ActorCriticPolicy):
+        def get_distribution(self, obs: Any) -> Any:
+            distribution = super().get_distribution(obs)
+            return distribution.proba_distribution(3 * distribution.distribution.mean, self.log_std)
+
+    env = make_vec_env(RandomEnv, 2, seed=0)
+    model = PPOKL(Sharper, env, n_steps=24, batch_size=16, n_epochs=3, learning_rate=0.0, device="cpu")
+    assert learn(model).updates[0].kl_series().tolist() == pytest.approx([0] * 9, abs=1e-9)
+
+
+def test_a_network_that_keeps_what_it_has_computed_can_be_penalized() -> None:
+    class Keeps(FlattenExtractor):
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            self.last = 2 * super().forward(observations).requires_grad_()
+            return self.last
+
+    model = make(PPOKL, n_value_epochs=1, policy_kwargs={"features_extractor_class": Keeps})
+    assert learn(model, 2).kls[1] > 0
+
+
+def test_a_new_model_can_be_copied() -> None:
+    copied = copy.deepcopy(make(PPOKL, n_value_epochs=2).policy)
+    assert len(list(copied.parameters())) == 13
 
 
 def test_kl_is_measured_in_evaluation_mode() -> None:

@@ -113,24 +113,29 @@ class EagerEngine:
 
         SB3's ``evaluate_actions`` leaves the distribution that it has built in ``policy.action_dist``. One that a user has
         overridden may build another, or evaluate the policy again afterwards: what it leaves is believed if it is new and
-        explains the log-probabilities. If not, a second forward pass has to tell, but only if the loss needs it, as it
-        may draw random numbers (dropout) that SB3 would not draw.
+        explains the log-probabilities. If not, or if ``get_distribution``, which has told the old parameters, is a user's
+        own, a second forward pass has to tell, but only if the loss needs it, as it may draw random numbers (dropout) that
+        SB3 would not draw.
         """
         distribution: Any = getattr(self._policy, "action_dist", None)
-        if _inner_distribution(self._policy) is not stale:
-            own = type(self._policy).evaluate_actions is ActorCriticPolicy.evaluate_actions
-            if own or _explains(distribution, actions, log_prob):
-                return distribution_params(distribution)
+        left = _inner_distribution(self._policy) is not stale and _is_sb3s(self._policy, "get_distribution")
+        if left and (_is_sb3s(self._policy, "evaluate_actions") or _explains(distribution, actions, log_prob)):
+            return distribution_params(distribution)
         if self._coefs.penalizes_kl:
             return distribution_params(self._policy.get_distribution(minibatch.samples.observations))
         return None
 
 
+def _is_sb3s(policy: ActorCriticPolicy, method: str) -> bool:
+    """Whether a method of the policy is SB3's own, not one that a user has put there."""
+    return getattr(getattr(policy, method, None), "__func__", None) is getattr(ActorCriticPolicy, method)
+
+
 def _explains(distribution: Any, actions: th.Tensor, log_prob: th.Tensor) -> bool:
     try:
         with th.no_grad():
-            return th.equal(distribution.log_prob(actions), log_prob)
-    except (RuntimeError, ValueError):  # the distribution is one for other states, and their number doesn't fit
+            return th.allclose(distribution.log_prob(actions), log_prob, rtol=0.0, atol=0.0, equal_nan=True)
+    except Exception:  # it is a user's own, for other states, or none at all
         return False
 
 

@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_variants.isolation import undisturbed
+from sb3_ppo_variants.rollout import policy_actions
 
 
 def critic_parameters(policy: ActorCriticPolicy) -> list[nn.Parameter]:
@@ -39,10 +40,8 @@ def _reached(policy: ActorCriticPolicy, by_values: bool) -> set[str]:
             output = policy.predict_values(observation)
         else:
             with th.no_grad():
-                actions = policy(observation)[0]
-            if isinstance(policy.action_space, spaces.Discrete):
-                actions = actions.flatten()
-            output = policy.evaluate_actions(observation, actions)[1]
+                actions = policy(observation)[0].reshape(1, -1)
+            output = policy.evaluate_actions(observation, policy_actions(actions, policy.action_space))[1]
         if not output.requires_grad:
             return set()
         trainable = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}

@@ -276,6 +276,14 @@ def test_the_critics_own_passes() -> None:
     assert len(phases.updates[0].series("policy_loss")) == 3 * 3
 
 
+@pytest.mark.parametrize("observation", ["box", "discrete", "multi_discrete", "dict"])
+@pytest.mark.parametrize("action", ACTION_SPACES)
+def test_the_critics_own_passes_in_all_spaces(observation: str, action: str) -> None:
+    model = make(PPO, observation, action, n_value_epochs=2)
+    assert len(critic_parameters(model.policy)) == 6
+    learn(model)
+
+
 def test_the_critics_own_passes_lower_its_loss() -> None:
     losses = learn(make(n_value_epochs=40, batch_size=48, value_learning_rate=1e-2)).updates[0].series("value_loss")
     assert losses[-1] < 0.7 * losses[0]

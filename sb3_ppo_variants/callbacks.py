@@ -112,10 +112,11 @@ class UpdateHooks:
             _stop_unless(callback._on_minibatch(stats), stats, callback, "_on_minibatch")
         return not stats.policy_stopped
 
-    def on_epoch_end(self, stats: UpdateStats) -> None:
-        """After a pass over the rollout; stops the update if a callback says so."""
+    def on_epoch_end(self, stats: UpdateStats) -> bool:
+        """After a pass over the rollout; stops the update if a callback says so, and returns whether the policy goes on."""
         for callback in self._callbacks:
             _stop_unless(callback._on_epoch_end(stats), stats, callback, "_on_epoch_end")
+        return not stats.policy_stopped
 
     def on_update_end(self, stats: UpdateStats) -> None:
         """After the update."""

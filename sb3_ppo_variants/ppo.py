@@ -27,7 +27,7 @@ from sb3_ppo_variants.arguments import (
 )
 from sb3_ppo_variants.callbacks import UpdateHooks
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
-from sb3_ppo_variants.engines import ENGINES, EagerEngine
+from sb3_ppo_variants.engines import ENGINES, EagerEngine, FusedEngine, why_not_fused
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import Coefficients
@@ -60,7 +60,9 @@ class PPO(stable_baselines3.PPO):
     :param n_value_epochs: ``None`` for SB3's joint update; else the number of passes over the rollout in which the
         critic is trained, with an optimiser of its own, after the policy's ``n_epochs`` (OpenAI Spinning Up's scheme)
     :param value_learning_rate: learning rate in those passes, a number or a schedule; ``None`` for ``learning_rate``
-    :param engine: how gradients are computed: ``"eager"`` (autograd) or ``"auto"`` (the fastest that applies)
+    :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, for SB3's MLP
+        policies on the CPU with Adam, Gaussian or categorical actions and no passes of the critic's own (checked at each
+        update); ``"auto"``, by now, eager
     :raises TypeError: if one of the new arguments is of the wrong type
     :raises ValueError: if one of the new arguments has a value that is not allowed
     """
@@ -251,34 +253,46 @@ class PPO(stable_baselines3.PPO):
         self._update_learning_rates()
         coefs = self._current_coefficients()
         trust_region = self._if_exact_kl_is_known(coefs, partial(self._make_trust_region, coefs))
-        engine = self._make_engine(coefs, trust_region)
         watched = bool(self._update_hooks) or bool(tensorboard_writers(self.logger))
         stats = UpdateStats(coefs, trust_region, keep_kls=watched)
         self._update_hooks.on_update_start(self.num_timesteps)
+        engine = self._make_engine(coefs, trust_region)
 
-        while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
-            for minibatch in engine.minibatches(self.batch_size):
-                stats.add_minibatch(minibatch, *engine.forward(minibatch))
-                if not self._within_target_kl(stats):
-                    break
-                stats.add(engine.backward())
-                if not self._update_hooks.on_minibatch(stats):
-                    break
-                engine.step(self.policy.optimizer)
-                stats.gradient_steps += 1
-            else:
-                stats.epochs_completed += 1
-                self._update_hooks.on_epoch_end(stats)
-            self._n_updates += 1
+        try:
+            while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
+                for minibatch in engine.minibatches(self.batch_size):
+                    stats.add_minibatch(minibatch, *engine.forward(minibatch))
+                    if not self._within_target_kl(stats):
+                        break
+                    stats.add(engine.backward())
+                    if self._update_hooks and not self._call_hooks(engine, stats, self._update_hooks.on_minibatch):
+                        break
+                    engine.step()
+                    stats.gradient_steps += 1
+                else:
+                    stats.epochs_completed += 1
+                    if self._update_hooks:
+                        self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
+                self._n_updates += 1
+        finally:
+            engine.publish()
 
-        self._train_critic(engine, stats)
+        self._train_critic(stats)
         if trust_region is not None:
             stats.displacement = self._if_exact_kl_is_known(coefs, trust_region.measure)
         log_update(self, stats)
         self._adapt_kl_coef(stats)
         self._update_hooks.on_update_end(stats)
 
-    def _train_critic(self, engine: EagerEngine, stats: UpdateStats) -> None:
+    def _call_hooks(self, engine: EagerEngine | FusedEngine, stats: UpdateStats, hooks: Callable[[UpdateStats], bool]) -> bool:
+        """Call hooks between two steps, which see and may change the policy and its optimiser; whether the policy goes on."""
+        engine.publish()
+        try:
+            return hooks(stats)
+        finally:
+            engine.fetch()
+
+    def _train_critic(self, stats: UpdateStats) -> None:
         """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
         vf_coef, optimizer, n_passes = stats.coefs.vf_coef, self.policy.optimizer, self.n_epochs - stats.epochs_completed
         if vf_coef is None:
@@ -288,6 +302,7 @@ class PPO(stable_baselines3.PPO):
         if stats.critic_stopped or n_passes == 0:
             return
         parameters = critic_parameters(self.policy)
+        engine = EagerEngine(self.policy, self.rollout_buffer, self.action_space, stats.coefs, self.max_grad_norm, None)
         for _ in range(n_passes):
             for minibatch in engine.minibatches(self.batch_size):
                 stats.add(engine.critic_forward(minibatch, vf_coef))
@@ -356,8 +371,21 @@ class PPO(stable_baselines3.PPO):
             check_exact_kl(self.policy, self.rollout_buffer)
         return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
 
-    def _make_engine(self, coefs: Coefficients, trust_region: TrustRegion | None) -> EagerEngine:
-        return EagerEngine(self.policy, self.rollout_buffer, self.action_space, coefs, self.max_grad_norm, trust_region)
+    def _make_engine(self, coefs: Coefficients, trust_region: TrustRegion | None) -> EagerEngine | FusedEngine:
+        """
+        The engine of this update.
+
+        :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
+        """
+        kind: type[EagerEngine | FusedEngine] = EagerEngine
+        if self.engine == "fused":
+            reason = why_not_fused(self.policy, self.rollout_buffer)
+            if coefs.critic_apart:
+                reason = "the critic has passes of its own"
+            if reason is not None:
+                raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
+            kind = FusedEngine
+        return kind(self.policy, self.rollout_buffer, self.action_space, coefs, self.max_grad_norm, trust_region)
 
     def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
         """

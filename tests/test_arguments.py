@@ -48,8 +48,8 @@ class NoRolloutBuffer:
             ValueError,
             r"`value_learning_rate` must be a finite number >= 0, not -0\.001",
         ),
-        ({"engine": "jit"}, ValueError, "`engine` must be one of 'auto', 'eager', not 'jit'"),
-        ({"engine": None}, TypeError, "`engine` must be one of 'auto', 'eager', not None"),
+        ({"engine": "jit"}, ValueError, "`engine` must be one of 'auto', 'eager', 'fused', not 'jit'"),
+        ({"engine": None}, TypeError, "`engine` must be one of 'auto', 'eager', 'fused', not None"),
         (
             {"ent_coef": "lin_x"},
             ValueError,

@@ -101,9 +101,19 @@ class EagerEngine:
         grad_norm = th.nn.utils.clip_grad_norm_(self._policy.parameters(), self._max_grad_norm)
         return {"grad_norm": grad_norm.detach()}
 
-    def step(self, optimizer: th.optim.Optimizer) -> None:
-        """Apply the gradient."""
-        optimizer.step()
+    def step(self, optimizer: th.optim.Optimizer | None = None) -> None:
+        """
+        Apply the gradient.
+
+        :param optimizer: that applies it; ``None`` for the policy's
+        """
+        (optimizer or self._policy.optimizer).step()
+
+    def publish(self) -> None:
+        """Nothing: this engine works on the policy itself."""
+
+    def fetch(self) -> None:
+        """Nothing: this engine works on the policy itself."""
 
     def _params(
         self, minibatch: Minibatch, actions: th.Tensor, log_prob: th.Tensor, stale: object

@@ -1,0 +1,243 @@
+"""The fused engine has the bits of the eager one, in everything that anybody can see."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
+from sb3_ppo_variants import PPO, KLEarlyStoppingCallback, UpdateCallback, UpdateStats
+from tests.environments import RandomEnv
+from tests.test_parity import assert_same_tensors
+from tests.test_ppo import Watch, make
+
+ROLLOUT = 48
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "neither": {"clip_range": None},
+    "entropy-bonus": {"ent_coef": 0.01},
+    "value-clipping": {"clip_range_vf": 0.1},
+    "fixed-kl": {"clip_range": None, "kl_coef": 3.0},
+    "adaptive-kl-and-entropy": {"kl_coef": "auto", "ent_coef": 0.02},
+    "hinge": {"kl_coef": {"hinge_coef": 1000.0, "hinge_threshold": 0.01}},
+    "raw-advantages": {"normalize_advantage": False},
+    "truncated-minibatch": {"batch_size": 14},
+    "single-sample-minibatch": {"batch_size": 47},
+    "large-steps": {"learning_rate": 3e-2, "max_grad_norm": 5.0},
+    "early-stop": {"learning_rate": 3e-3, "target_kl": 0.02},
+    "early-stop-at-once": {"target_kl": 1e-9},
+    "schedules": {"learning_rate": "lin_0.01", "clip_range": "lin_0.3", "ent_coef": "lin_0.02", "kl_coef": "lin_2.0"},
+    "linear-networks": {"policy_kwargs": {"net_arch": []}},
+    "unequal-networks": {"policy_kwargs": {"net_arch": {"pi": [16], "vf": [32, 8]}, "activation_fn": nn.ReLU}},
+    "sigmoid": {"policy_kwargs": {"net_arch": [8], "activation_fn": nn.Sigmoid}},
+    "adam-options": {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 1e-2, "betas": (0.8, 0.99), "amsgrad": True}}},
+    "adam-maximizing": {"policy_kwargs": {"optimizer_kwargs": {"maximize": True}}},
+}
+
+
+class Everything(Watch):
+    """Whatever a callback can see, at each hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def _look(self, stats: UpdateStats) -> None:
+        policy = self.model.policy
+        gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in policy.parameters()]
+        state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        optimizer = [
+            {name: value.clone() for name, value in policy.optimizer.state.get(parameter, {}).items()}
+            for parameter in policy.parameters()
+        ]
+        minibatch = [stats.log_ratio, stats.kl, stats.minibatch.indices, list(stats.minibatch.samples)]
+        self.seen.append([gradients, state, optimizer, minibatch, stats.latest("loss")])
+
+    def _on_minibatch(self, stats: UpdateStats) -> bool:
+        self._look(stats)
+        return True
+
+    def _on_epoch_end(self, stats: UpdateStats) -> bool:
+        self._look(stats)
+        return True
+
+
+def run(engine: str, callback: Any = None, n_updates: int = 3, **kwargs: Any) -> PPO:
+    model = make(engine=engine, **kwargs)
+    return model.learn(n_updates * ROLLOUT, callback=callback)
+
+
+def visible(model: PPO) -> list[Any]:
+    """All that a model shows between two updates."""
+    logged = {key: value for key, value in model.logger.name_to_value.items() if not key.startswith("time/")}
+    gradients = [parameter.grad for parameter in model.policy.parameters()]
+    buffer = model.rollout_buffer
+    arrays = [th.as_tensor(array) for array in (buffer.observations, buffer.actions, buffer.values, buffer.returns)]
+    return [
+        dict(model.policy.state_dict()),
+        model.policy.optimizer.state_dict(),
+        gradients,
+        arrays,
+        logged,
+        model.kl_coef_state,
+    ]
+
+
+def assert_same_runs(**kwargs: Any) -> None:
+    eager = run("eager", **kwargs)
+    state = th.get_rng_state(), np.random.get_state()[1].copy()
+    fused = run("fused", **kwargs)
+    assert_same_tensors(visible(fused), visible(eager))
+    assert th.equal(th.get_rng_state(), state[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], state[1])
+
+
+@pytest.mark.parametrize(
+    ("action", "n_threads"),
+    [("box", 1), ("box", 2), ("matrix", 1), ("discrete", 1), ("multi_discrete", 1), ("multi_discrete", 2)],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_trains_the_same_bits(variant: str, action: str, n_threads: int) -> None:
+    th.set_num_threads(n_threads)
+    assert_same_runs(action=action, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("observation", ["discrete", "multi_discrete", "image"])
+def test_trains_the_same_bits_on_other_observations(observation: str) -> None:
+    assert_same_runs(observation=observation, action="discrete")
+
+
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(
+    action=st.sampled_from(["box", "matrix", "discrete", "multi_discrete"]),
+    batch_size=st.integers(2, 60),
+    widths=st.lists(st.integers(1, 33), max_size=3),
+    clip_range=st.none() | st.floats(0.01, 0.5),
+    clip_range_vf=st.none() | st.floats(0.01, 1.0),
+    ent_coef=st.sampled_from([0.0, 0.01, -0.01]),
+    vf_coef=st.sampled_from([0.0, 0.5, 1.0]),
+    kl_coef=st.sampled_from([0.0, 1.0, "auto"]),
+    learning_rate=st.floats(1e-5, 0.03),
+    max_grad_norm=st.floats(0.01, 10.0),
+    seed=st.integers(0, 100),
+)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.filterwarnings("ignore:kl_coef is saturated")
+def test_trains_the_same_bits_in_drawn_configurations(widths: list[int], **kwargs: Any) -> None:
+    assert_same_runs(n_updates=2, policy_kwargs={"net_arch": widths}, **kwargs)
+
+
+@pytest.mark.parametrize("action", ["box", "multi_discrete"])
+@pytest.mark.parametrize("variant", ["clip", "adaptive-kl-and-entropy", "adam-options"])
+def test_shows_callbacks_the_same_bits(variant: str, action: str) -> None:
+    """Parameters, gradients, the optimiser's state, minibatch and losses, at each hook."""
+    seen = []
+    for engine in ("eager", "fused"):
+        callback = Everything()
+        run(engine, callback, action=action, **VARIANTS[variant])
+        seen.append([callback.seen, callback.kls])
+    assert len(seen[0][0]) == 3 * (9 + 3)
+    assert_same_tensors(*seen)
+
+
+class Meddle(UpdateCallback):
+    """Changes gradients, parameters and the learning rate."""
+
+    def _on_minibatch(self, stats: UpdateStats) -> bool:
+        for parameter in self.model.policy.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 0.5
+            parameter.data += 0.001
+        self.model.policy.optimizer.param_groups[0]["lr"] *= 0.9
+        return stats.gradient_steps < 7
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        Meddle,
+        lambda: KLEarlyStoppingCallback(1e-4, per="epoch", restore=True),
+        lambda: KLEarlyStoppingCallback(1e-5, restore=True),
+        lambda: KLEarlyStoppingCallback(1e-4),
+    ],
+)
+def test_callbacks_change_the_same_bits(callback: Any) -> None:
+    models = [run(engine, callback(), learning_rate=1e-3) for engine in ("eager", "fused")]
+    assert_same_tensors(*map(visible, models))
+
+
+def test_an_interrupted_update_leaves_the_same_bits() -> None:
+    class Interrupt(UpdateCallback):
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            if stats.gradient_steps == 4:
+                raise KeyboardInterrupt
+            return True
+
+    states = []
+    for engine in ("eager", "fused"):
+        model = make(engine=engine)
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(ROLLOUT, callback=Interrupt())
+        states.append([dict(model.policy.state_dict()), model.policy.optimizer.state_dict()])
+    assert_same_tensors(*states)
+
+
+def test_goes_on_from_the_other_engines_state() -> None:
+    alternating, eager = make(engine="fused"), make(engine="eager")
+    for model, engines in ((alternating, ("fused", "eager", "fused")), (eager, ("eager", "eager", "eager"))):
+        model.set_random_seed(3)
+        for engine in engines:
+            model.engine = engine
+            model.learn(ROLLOUT)
+    assert_same_tensors(visible(alternating), visible(eager))
+
+
+class OwnPolicy(ActorCriticPolicy):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"action": "multi_binary"}, "the action distribution is a BernoulliDistribution"),
+        ({"use_sde": True}, "the action distribution is a StateDependentNoiseDistribution"),
+        ({"observation": "dict"}, "the policy, a MultiInputActorCriticPolicy, is not SB3's ActorCriticPolicy as it is"),
+        ({"n_value_epochs": 2}, "the critic has passes of its own"),
+        ({"policy_kwargs": {"activation_fn": nn.Softplus}}, "the layers are Linear, Softplus, Linear, Softplus"),
+        (
+            {"policy_kwargs": {"optimizer_class": th.optim.SGD}},
+            "the optimiser, a SGD, is not Adam with one group of parameters",
+        ),
+        ({"policy_kwargs": {"optimizer_kwargs": {"foreach": True}}}, "Adam has other than its plain settings"),
+    ],
+)
+def test_refuses_what_it_does_not_know(kwargs: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}"):
+        run("fused", **kwargs)
+
+
+def test_refuses_what_users_have_changed() -> None:
+    def refused(model: PPO, reason: str) -> None:
+        with pytest.raises(ValueError, match=reason):
+            model.learn(ROLLOUT)
+
+    model = make(engine="fused")
+    model.policy.mlp_extractor.policy_net[0].register_forward_hook(lambda *args: None)
+    refused(model, "a module of the policy has hooks")
+    model = make(engine="fused")
+    model.policy.evaluate_actions = model.policy.evaluate_actions  # type: ignore[method-assign]
+    refused(model, "the policy, a ActorCriticPolicy, is not SB3's ActorCriticPolicy as it is")
+    model = make(engine="fused")
+    model.policy.value_net.weight.requires_grad_(False)
+    refused(model, "a parameter is frozen or not of type float32")
+    model = make(engine="fused")
+    model.policy.optimizer.register_step_post_hook(lambda *args: None)
+    refused(model, "the optimiser has hooks")
+    env = make_vec_env(RandomEnv, 2, seed=0)
+    refused(PPO(OwnPolicy, env, n_steps=24, batch_size=16, device="cpu", engine="fused"), "the policy, a OwnPolicy, is not")

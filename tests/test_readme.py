@@ -18,7 +18,11 @@ def test_python_blocks(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     shortened, n_trainings = re.subn(r"total_timesteps=[\d_]+", "total_timesteps=4096", block)
     assert n_trainings > 0
-    exec(compile(shortened, "README.md", "exec"), {"__name__": "readme"})
+    names = {"__name__": "readme"}
+    exec(compile(shortened, "README.md", "exec"), names)
+    for model in names.values():
+        if isinstance(model, PPO) and hasattr(model, "_logger"):  # TensorBoard's thread would go on writing to a relative path
+            model.logger.close()
 
 
 def test_there_are_blocks_to_run() -> None:

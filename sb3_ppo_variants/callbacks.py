@@ -279,15 +279,16 @@ class TrustRegionLoggingCallback(UpdateCallback):
 
     def _init_callback(self) -> None:
         # Not in `_on_training_start`, which SB3 doesn't hand on to `EvalCallback(callback_on_new_best=...)`.
+        writers = tensorboard_writers(self.logger)
+        if not writers:
+            return
         layout = {
             # TensorBoard takes the keys for regular expressions, and `train/kl` would find `train/kl_coef` too.
             category: {title: ["Multiline", [f"^{key}$" for key in keys]] for title, keys in charts.items()}
             for category, charts in self.LAYOUT.items()
         }
-        for writer in tensorboard_writers(self.logger):
+        for writer in writers:
             writer.add_custom_scalars(layout)
-        if not tensorboard_writers(self.logger):
-            return
         hyperparameters = {"algorithm": type(self.model).__name__, "policy": self.model.policy_class.__name__}
         values = {name: _hyperparameter(getattr(self.model, name)) for name in self.HYPERPARAMETERS}
         hparam = HParam({**hyperparameters, **values}, dict.fromkeys(self.METRICS, 0.0))

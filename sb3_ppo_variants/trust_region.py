@@ -61,6 +61,14 @@ class TrustRegion:
             params = [distribution_params(policy.get_distribution(chunk)) for chunk in chunks]
         self.old = type(params[0]).cat(params)
 
+    def old_at(self, indices: th.Tensor) -> DistributionParams:
+        """
+        The old policy's parameters on some of the rollout's states.
+
+        :param indices: of the states in the flattened rollout, shape (b,)
+        """
+        return self.old.map(lambda tensor: tensor[indices])
+
     def kl(self, indices: th.Tensor, new: DistributionParams) -> th.Tensor:
         """
         Exact KL(old || new) on some of the rollout's states.
@@ -69,7 +77,7 @@ class TrustRegion:
         :param new: the current policy's parameters on these states
         :return: shape (b,), in nats
         """
-        return self.old.map(lambda tensor: tensor[indices]).kl_divergence(new)
+        return self.old_at(indices).kl_divergence(new)
 
     def measure(self) -> Displacement:
         """How far the policy has moved by now; one forward pass of the actor over the rollout."""

@@ -390,24 +390,17 @@ def test_an_exact_kl_that_fails_in_clip_mode_is_a_warning_once() -> None:
         penalized.learn(48)
 
 
-def test_an_evaluation_of_ones_own_is_asked_for_its_distribution() -> None:
-    """A policy whose ``evaluate_actions`` leaves ``action_dist`` alone trains with the same KL as one that fills it."""
-    from tests.test_parity import OwnEvaluation
+@pytest.mark.parametrize("own_policy", ["OwnEvaluation", "SecondThoughts"])
+def test_an_evaluation_of_ones_own_is_asked_for_its_distribution(own_policy: str) -> None:
+    """
+    The KL is that of the states in the loss, as with a policy that leaves their distribution in ``action_dist``.
+
+    The one leaves ``action_dist`` alone, the other leaves a distribution for other states there.
+    """
+    from tests import test_parity
 
     series = []
-    for policy in (OwnEvaluation, "MlpPolicy"):
-        env = make_vec_env(RandomEnv, 2, seed=0)
-        model = PPOKL(policy, env, n_steps=24, batch_size=16, n_epochs=3, seed=0, device="cpu")
-        series.append(learn(model).updates[0].kl_series())
-    np.testing.assert_array_equal(series[0], series[1])
-
-
-def test_a_distribution_for_other_states_is_not_believed() -> None:
-    """A policy that evaluates other states afterwards trains with the KL of the states that it was asked about."""
-    from tests.test_parity import SecondThoughts
-
-    series = []
-    for policy in (SecondThoughts, "MlpPolicy"):
+    for policy in (getattr(test_parity, own_policy), "MlpPolicy"):
         env = make_vec_env(RandomEnv, 2, seed=0)
         model = PPOKL(policy, env, n_steps=24, batch_size=16, n_epochs=3, seed=0, device="cpu")
         series.append(learn(model).updates[0].kl_series())

@@ -3,9 +3,20 @@
 import torch as th
 
 
+def views(flat: th.Tensor, like: list[th.Tensor]) -> list[th.Tensor]:
+    """
+    Consecutive parts of a flat vector.
+
+    :param flat: shape (n_elements,)
+    :param like: tensors of n_elements in all, whose shapes the parts get
+    """
+    sizes = [tensor.numel() for tensor in like]
+    return [part.view(tensor.shape) for part, tensor in zip(th.split(flat, sizes), like, strict=True)]
+
+
 class FlatAdam:
     """
-    The state of a ``torch.optim.Adam`` for some of its parameters, as flat vectors.
+    The state of a ``torch.optim.Adam`` for some of its parameters, as flat vectors; :meth:`fetch` it first.
 
     :param optimizer: with one parameter group
     :param parameters: which of its parameters, all of them at the same step
@@ -18,15 +29,16 @@ class FlatAdam:
         self._moments = {name: th.zeros(n_elements) for name in ("exp_avg", "exp_avg_sq")}
         if optimizer.param_groups[0]["amsgrad"]:
             self._moments["max_exp_avg_sq"] = th.zeros(n_elements)
+        self._views = {name: views(moment, parameters) for name, moment in self._moments.items()}
         self._denominator = th.empty(n_elements)
-        self.fetch()
+        self._step = 0.0
 
     def fetch(self) -> None:
         """Take over the optimiser's state."""
         states = [self._optimizer.state.get(parameter) or {} for parameter in self._parameters]
         self._step = float(states[0]["step"]) if states[0] else 0.0
-        for name, moment in self._moments.items():
-            for view, state in zip(self._views(moment), states, strict=True):
+        for name, parts in self._views.items():
+            for view, state in zip(parts, states, strict=True):
                 view.copy_(state[name]) if state else view.zero_()
 
     def publish(self) -> None:
@@ -39,8 +51,8 @@ class FlatAdam:
                 state["step"] = th.tensor(0.0)
                 state.update({name: th.zeros_like(parameter) for name in self._moments})
             state["step"].fill_(self._step)
-            for name, moment in self._moments.items():
-                state[name].copy_(self._views(moment)[index])
+            for name, parts in self._views.items():
+                state[name].copy_(parts[index])
 
     def step(self, parameters: th.Tensor, grad: th.Tensor) -> None:
         """
@@ -63,7 +75,3 @@ class FlatAdam:
             exp_avg_sq = th.maximum(self._moments["max_exp_avg_sq"], exp_avg_sq, out=self._moments["max_exp_avg_sq"])
         th.sqrt(exp_avg_sq, out=self._denominator).div_((1 - beta2**self._step) ** 0.5).add_(group["eps"])
         parameters.addcdiv_(exp_avg, self._denominator, value=-(lr / (1 - beta1**self._step)))
-
-    def _views(self, moment: th.Tensor) -> list[th.Tensor]:
-        sizes = [parameter.numel() for parameter in self._parameters]
-        return [part.view(p.shape) for part, p in zip(th.split(moment, sizes), self._parameters, strict=True)]

@@ -24,13 +24,16 @@ from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from torch import nn
 
 from sb3_ppo_variants.engines.eager import Forward
-from sb3_ppo_variants.engines.flat_adam import FlatAdam
+from sb3_ppo_variants.engines.flat_adam import FlatAdam, views
 from sb3_ppo_variants.engines.heads import CategoricalHead, GaussianHead
 from sb3_ppo_variants.engines.network import ACTIVATIONS, Layer, Network
 from sb3_ppo_variants.kl import k3
-from sb3_ppo_variants.losses import Coefficients, Metrics, normalize
+from sb3_ppo_variants.losses import Coefficients, Metrics, entropy_loss, kl_penalty, normalize
 from sb3_ppo_variants.rollout import Minibatch, gathers_by_index, policy_actions
 from sb3_ppo_variants.trust_region import TrustRegion
+
+HEADED = (DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution)
+"""Action distributions whose gradients are known."""
 
 
 def why_not_fused(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> str | None:
@@ -41,7 +44,7 @@ def why_not_fused(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> str | Non
     :param buffer: the rollout buffer
     :return: the first reason that is found, ``None`` if it can
     """
-    return next((reason for reason in _objections(policy, buffer)), None)
+    return next(_objections(policy, buffer), None)
 
 
 def _objections(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[str]:
@@ -90,10 +93,6 @@ def _objections_to_optimizer(policy: ActorCriticPolicy) -> Iterator[str]:
         yield "the optimiser has stepped some parameters more often than others"
 
 
-HEADED = (DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution)
-"""Action distributions whose gradients are known."""
-
-
 class FusedEngine:
     """
     Takes gradient steps on minibatches, as :class:`~sb3_ppo_variants.engines.eager.EagerEngine` does, to the last bit.
@@ -127,12 +126,9 @@ class FusedEngine:
         self._max_grad_norm = max_grad_norm
         self._trust_region = trust_region
         self._parameters: list[th.Tensor] = list(policy.parameters())
-        sizes = [parameter.numel() for parameter in self._parameters]
-        self._flat, self._flat_grad = th.empty(sum(sizes)), th.zeros(sum(sizes))
-        self._values, self._grads = (
-            [part.view(p.shape) for part, p in zip(th.split(flat, sizes), self._parameters, strict=True)]
-            for flat in (self._flat, self._flat_grad)
-        )
+        n_elements = sum(parameter.numel() for parameter in self._parameters)
+        self._flat, self._flat_grad = th.empty(n_elements), th.zeros(n_elements)
+        self._values, self._grads = (views(flat, self._parameters) for flat in (self._flat, self._flat_grad))
         self._adam = FlatAdam(policy.optimizer, self._parameters)  # type: ignore[arg-type]
         self._has_gradient = False
         self._build_networks()
@@ -200,32 +196,30 @@ class FusedEngine:
             self._clipped = self._advantages * th.clamp(self._ratio, 1 - coefs.clip_range, 1 + coefs.clip_range)
             policy_loss = -th.min(self._surrogate, self._clipped).mean()
             metrics["clip_fraction"] = th.mean((th.abs(self._ratio - 1) > coefs.clip_range).float())
-        entropy_loss = -entropy.mean()
+        negative_entropy = entropy_loss(entropy, log_prob)
 
-        self._values_new = self._critic.forward(self._features).flatten()
-        self._predicted = self._values_new
+        self._predicted = values = self._critic.forward(self._features).flatten()
         if coefs.clip_range_vf is not None:
-            self._move = self._values_new - samples.old_values
+            self._move = values - samples.old_values
             self._predicted = samples.old_values + th.clamp(self._move, -coefs.clip_range_vf, coefs.clip_range_vf)
         value_loss = nn.functional.mse_loss(samples.returns, self._predicted)
 
-        loss = policy_loss + coefs.ent_coef * entropy_loss + self._vf_coef * value_loss
+        loss = policy_loss + coefs.ent_coef * negative_entropy + self._vf_coef * value_loss
         if coefs.penalizes_kl:
             metrics["kl_penalty_loss"] = self._kl_penalty(minibatch)
             loss = loss + metrics["kl_penalty_loss"]
-        metrics.update(policy_loss=policy_loss, entropy_loss=entropy_loss, approx_kl=k3(log_ratio).mean())
+        metrics.update(policy_loss=policy_loss, entropy_loss=negative_entropy, approx_kl=k3(log_ratio).mean())
         metrics.update(value_loss=value_loss, loss=loss)
         return Forward(log_ratio, self._head.params, metrics)
 
     def _kl_penalty(self, minibatch: Minibatch) -> th.Tensor:
         """:func:`~sb3_ppo_variants.losses.kl_penalty`, remembering the mean KL for its gradient."""
         assert self._trust_region is not None
-        old: Any = self._trust_region.old.map(lambda tensor: tensor[minibatch.indices])
-        self._mean_kl = self._head.kl(old).mean()
-        penalty = self._coefs.kl_coef * self._mean_kl
-        if self._coefs.hinge_coef > 0:
-            penalty = penalty + self._coefs.hinge_coef * th.relu(self._mean_kl - self._coefs.hinge_kl).pow(2)
-        return penalty
+        assert minibatch.indices is not None
+        old: Any = self._trust_region.old_at(minibatch.indices)
+        kl = self._head.kl(old)
+        self._mean_kl = kl.mean()
+        return kl_penalty(kl, self._coefs)
 
     @th.no_grad()
     def backward(self) -> Metrics:

@@ -5,6 +5,7 @@ Equation numbers are those of Schulman et al. 2017, "Proximal Policy Optimizatio
 Every operation, and the order of the sums, is SB3's, so that the gradients are the same to the last bit.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch as th
@@ -13,6 +14,17 @@ from torch.nn import functional as F
 from sb3_ppo_variants.kl import k3
 
 Metrics: TypeAlias = dict[str, th.Tensor]
+Mean: TypeAlias = Callable[[th.Tensor], th.Tensor]
+
+
+def mean_of_each(samples: th.Tensor) -> th.Tensor:
+    """
+    In place of ``th.mean``, for several minibatches at once, in the bits that each has alone.
+
+    :param samples: of ``m`` minibatches, shape (m, b)
+    :return: shape (m,)
+    """
+    return samples.mean(dim=-1)
 
 
 class Coefficients(NamedTuple):
@@ -53,13 +65,13 @@ class Evaluation(NamedTuple):
     """
     What the current policy says of the ``b`` samples of a minibatch.
 
-    :param values: of the states, shape (b,)
+    :param values: of the states, shape (b,), ``None`` where the critic is not part of this loss
     :param log_prob: of the actions, shape (b,)
     :param entropy: of the action distributions, shape (b,), ``None`` if no closed form is known
     :param kl: exact KL(old || new), shape (b,), in nats, ``None`` if it is not known
     """
 
-    values: th.Tensor
+    values: th.Tensor | None
     log_prob: th.Tensor
     entropy: th.Tensor | None
     kl: th.Tensor | None
@@ -93,7 +105,7 @@ def normalize(advantages: th.Tensor) -> th.Tensor:
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
-def surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
+def surrogate(ratio: th.Tensor, advantages: th.Tensor, mean: Mean = th.mean) -> th.Tensor:
     """
     The conservative policy iteration objective of eq. 6, to be maximised: E[r A].
 
@@ -101,10 +113,10 @@ def surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
     :param advantages: A, shape (b,)
     :return: shape ()
     """
-    return (advantages * ratio).mean()
+    return mean(advantages * ratio)
 
 
-def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
+def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float, mean: Mean = th.mean) -> th.Tensor:
     """
     The clipped surrogate objective of eq. 7, to be maximised: E[min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)].
 
@@ -113,10 +125,10 @@ def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float
     :param clip_range: epsilon
     :return: shape ()
     """
-    return th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range)).mean()
+    return mean(th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range)))
 
 
-def kl_penalty(kl: th.Tensor, coefs: Coefficients) -> th.Tensor:
+def kl_penalty(kl: th.Tensor, coefs: Coefficients, mean: Mean = th.mean) -> th.Tensor:
     """
     The KL penalty of eq. 8, to be minimised: beta E[KL(old || new)], and the hinge of modular_rl and TF-Agents.
 
@@ -124,14 +136,14 @@ def kl_penalty(kl: th.Tensor, coefs: Coefficients) -> th.Tensor:
     :param coefs: beta, the hinge's weight and threshold
     :return: shape ()
     """
-    mean_kl = kl.mean()
+    mean_kl = mean(kl)
     penalty = coefs.kl_coef * mean_kl
     if coefs.hinge_coef > 0:
         penalty = penalty + coefs.hinge_coef * F.relu(mean_kl - coefs.hinge_kl).pow(2)
     return penalty
 
 
-def value_loss(values: th.Tensor, samples: Samples, clip_range_vf: float | None) -> th.Tensor:
+def value_loss(values: th.Tensor, samples: Samples, clip_range_vf: float | None, mean: Mean = th.mean) -> th.Tensor:
     """
     The squared error of eq. 9, to be minimised: E[(V(s) - return)^2], V clipped to the old one's vicinity if wanted.
 
@@ -142,10 +154,12 @@ def value_loss(values: th.Tensor, samples: Samples, clip_range_vf: float | None)
     """
     if clip_range_vf is not None:
         values = samples.old_values + th.clamp(values - samples.old_values, -clip_range_vf, clip_range_vf)
-    return F.mse_loss(samples.returns, values)
+    if mean is th.mean:
+        return F.mse_loss(samples.returns, values)  # its gradient has other bits than that of a mean of squares
+    return mean(F.mse_loss(samples.returns, values, reduction="none"))
 
 
-def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
+def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, mean: Mean = th.mean) -> th.Tensor:
     """
     The negative entropy bonus of eq. 9, to be minimised: -E[S(pi)].
 
@@ -154,17 +168,19 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
     :return: shape ()
     """
     if entropy is None:
-        return -th.mean(-log_prob)
-    return -th.mean(entropy)
+        return -mean(-log_prob)
+    return -mean(entropy)
 
 
-def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients) -> tuple[th.Tensor, Metrics]:
+def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients, mean: Mean = th.mean) -> tuple[th.Tensor, Metrics]:
     """
     The whole loss, to be minimised: -surrogate - ent_coef S + vf_coef value loss + KL penalty (eqs. 7 to 9).
 
     :param new: the current policy's view of the minibatch
     :param samples: the rollout's view of it
     :param coefs: the coefficients in effect
+    :param mean: the average over samples, E; :func:`mean_of_each` for several minibatches at once, whose advantages have
+        to be normalised before
     :return: the loss, shape (), with its gradient's graph; and detached metrics, each of shape ()
     """
     advantages = normalize(samples.advantages) if coefs.normalize_advantage else samples.advantages
@@ -172,22 +188,23 @@ def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients) -> tuple[th
     ratio = th.exp(log_ratio)
 
     if coefs.clip_range is None:
-        policy_loss = -surrogate(ratio, advantages)
+        policy_loss = -surrogate(ratio, advantages, mean)
     else:
-        policy_loss = -clipped_surrogate(ratio, advantages, coefs.clip_range)
-    negative_entropy = entropy_loss(new.entropy, new.log_prob)
+        policy_loss = -clipped_surrogate(ratio, advantages, coefs.clip_range, mean)
+    negative_entropy = entropy_loss(new.entropy, new.log_prob, mean)
     loss = policy_loss + coefs.ent_coef * negative_entropy
-    metrics = {"policy_loss": policy_loss, "entropy_loss": negative_entropy, "approx_kl": k3(log_ratio.detach()).mean()}
+    metrics = {"policy_loss": policy_loss, "entropy_loss": negative_entropy, "approx_kl": mean(k3(log_ratio.detach()))}
 
     if coefs.vf_coef is not None:
-        metrics["value_loss"] = value_loss(new.values, samples, coefs.clip_range_vf)
+        assert new.values is not None
+        metrics["value_loss"] = value_loss(new.values, samples, coefs.clip_range_vf, mean)
         loss = loss + coefs.vf_coef * metrics["value_loss"]
     if coefs.penalizes_kl:
         assert new.kl is not None
-        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs)
+        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs, mean)
         loss = loss + metrics["kl_penalty_loss"]
     if coefs.clip_range is not None:
-        metrics["clip_fraction"] = th.mean((th.abs(ratio - 1) > coefs.clip_range).float())
+        metrics["clip_fraction"] = mean((th.abs(ratio - 1) > coefs.clip_range).float())
 
     metrics["loss"] = loss
     return loss, {name: metric.detach() for name, metric in metrics.items()}

@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.arguments import (
     check_choice,
@@ -26,8 +27,10 @@ from sb3_ppo_variants.arguments import (
     parse_schedule,
 )
 from sb3_ppo_variants.callbacks import UpdateHooks
+from sb3_ppo_variants.collection import collect_rollouts
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
-from sb3_ppo_variants.engines import ENGINES, EagerEngine, FusedEngine, why_not_fused
+from sb3_ppo_variants.engines import ENGINES, EagerEngine, Engine, FusedEngine, why_not_fused, why_not_lean
+from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import Coefficients
@@ -120,6 +123,7 @@ class PPO(stable_baselines3.PPO):
         self._value_optimizer_policy: ActorCriticPolicy | None = None
         self._update_hooks = UpdateHooks()
         self._exact_kl_known = True
+        self._reason_for_eager = ""
         super().__init__(
             policy,
             env,
@@ -240,6 +244,14 @@ class PPO(stable_baselines3.PPO):
         self._update_hooks = UpdateHooks()
         return super()._init_callback(callback, progress_bar)
 
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """SB3's, or its lean equivalent where the engine isn't ``"eager"`` and all it has to do is known."""
+        if self.engine == "eager" or self.use_sde or why_not_lean(self.policy, rollout_buffer) is not None:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+
     def train(self) -> None:
         """
         One update: ``n_epochs`` passes over the rollout, then the critic's own, then the adaptation of beta.
@@ -261,52 +273,59 @@ class PPO(stable_baselines3.PPO):
         try:
             while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
                 for minibatch in engine.minibatches(self.batch_size):
-                    stats.add_minibatch(minibatch, *engine.forward(minibatch))
+                    stats.add_minibatch(minibatch, engine.forward(minibatch))
                     if not self._within_target_kl(stats):
                         break
                     stats.add(engine.backward())
-                    if self._update_hooks and not self._call_hooks(engine, stats, self._update_hooks.on_minibatch):
+                    engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
+                    if stats.policy_stopped:
                         break
                     engine.step()
                     stats.gradient_steps += 1
                 else:
                     stats.epochs_completed += 1
-                    if self._update_hooks:
-                        self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
+                    engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
                 self._n_updates += 1
+            self._train_critic(engine, stats)
         finally:
             engine.publish()
 
-        self._train_critic(stats)
         if trust_region is not None:
             stats.displacement = self._if_exact_kl_is_known(coefs, trust_region.measure)
         log_update(self, stats)
         self._adapt_kl_coef(stats)
         self._update_hooks.on_update_end(stats)
 
-    def _call_hooks(self, engine: EagerEngine | FusedEngine, stats: UpdateStats, hooks: Callable[[UpdateStats], bool]) -> bool:
-        """Call hooks between two steps, which see and may change the policy and its optimiser; whether the policy goes on."""
+    def _call_hooks(self, engine: Engine, stats: UpdateStats, hooks: Callable[[UpdateStats], Any]) -> Engine:
+        """
+        Call hooks between two steps, which see and may change the policy and its optimiser.
+
+        :return: the engine that goes on
+        """
+        if not self._update_hooks:
+            return engine
         engine.publish()
         try:
-            return hooks(stats)
+            hooks(stats)
         finally:
-            engine.fetch()
+            if not engine.fetch():
+                self._give_reason_for_eager(self._why_not_fused() or "a callback has removed a gradient")
+                engine = EagerEngine.taking_over(engine)
+        return engine
 
-    def _train_critic(self, stats: UpdateStats) -> None:
+    def _train_critic(self, engine: Engine, stats: UpdateStats) -> None:
         """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
         vf_coef, optimizer, n_passes = stats.coefs.vf_coef, self.policy.optimizer, self.n_epochs - stats.epochs_completed
         if vf_coef is None:
             assert self.value_optimizer is not None
             assert self.n_value_epochs is not None
             vf_coef, optimizer, n_passes = 1.0, self.value_optimizer, self.n_value_epochs
-        if stats.critic_stopped or n_passes == 0:
+        if stats.critic_stopped:
             return
-        parameters = critic_parameters(self.policy)
-        engine = EagerEngine(self.policy, self.rollout_buffer, self.action_space, stats.coefs, self.max_grad_norm, None)
         for _ in range(n_passes):
             for minibatch in engine.minibatches(self.batch_size):
                 stats.add(engine.critic_forward(minibatch, vf_coef))
-                engine.backward(parameters)
+                engine.backward()
                 engine.step(optimizer)
 
     def _within_target_kl(self, stats: UpdateStats) -> bool:
@@ -317,7 +336,7 @@ class PPO(stable_baselines3.PPO):
         """
         if self.target_kl is None:
             return True
-        approx_kl = stats.latest_array("approx_kl")
+        approx_kl = k3(stats.log_ratio).mean().cpu().numpy()
         if not approx_kl > 1.5 * self.target_kl:
             return True
         if self.verbose >= 1:
@@ -371,21 +390,30 @@ class PPO(stable_baselines3.PPO):
             check_exact_kl(self.policy, self.rollout_buffer)
         return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
 
-    def _make_engine(self, coefs: Coefficients, trust_region: TrustRegion | None) -> EagerEngine | FusedEngine:
+    def _make_engine(self, coefs: Coefficients, trust_region: TrustRegion | None) -> Engine:
         """
         The engine of this update.
 
         :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
         """
-        kind: type[EagerEngine | FusedEngine] = EagerEngine
-        if self.engine == "fused":
-            reason = why_not_fused(self.policy, self.rollout_buffer)
-            if coefs.critic_apart:
-                reason = "the critic has passes of its own"
-            if reason is not None:
-                raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
-            kind = FusedEngine
+        kind: type[Engine] = FusedEngine
+        if self.engine == "eager":
+            kind = EagerEngine
+        elif reason := self._why_not_fused():
+            self._give_reason_for_eager(reason)
+            kind = EagerEngine
         return kind(self.policy, self.rollout_buffer, self.action_space, coefs, self.max_grad_norm, trust_region)
+
+    def _why_not_fused(self) -> str | None:
+        own_optimizer = [self.value_optimizer] if self.n_value_epochs is not None and self.value_optimizer else []
+        return why_not_fused(self.policy, self.rollout_buffer, own_optimizer)
+
+    def _give_reason_for_eager(self, reason: str) -> None:
+        if self.engine == "fused":
+            raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
+        if self.verbose >= 1 and reason != self._reason_for_eager:
+            print(f"Using the eager engine, as {reason}")
+        self._reason_for_eager = reason
 
     def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
         """
@@ -433,7 +461,14 @@ class PPO(stable_baselines3.PPO):
 
     def _excluded_save_params(self) -> list[str]:
         # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
-        own = ["_kl_coef", "_arguments_read", "_update_hooks", "_exact_kl_known", "_value_optimizer_policy"]
+        own = [
+            "_kl_coef",
+            "_arguments_read",
+            "_update_hooks",
+            "_exact_kl_known",
+            "_reason_for_eager",
+            "_value_optimizer_policy",
+        ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
 
     def _own_optimizers(self) -> list[str]:

@@ -1,7 +1,8 @@
 """Reading SB3's rollout buffers in the order in which they hand out minibatches."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch as th
@@ -13,16 +14,22 @@ from stable_baselines3.common.vec_env import VecNormalize
 Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
 
-class Minibatch(NamedTuple):
+class Minibatch:
     """
     One minibatch of ``b`` samples.
 
-    :param samples: as ``RolloutBuffer.get`` yields them
     :param indices: where they stand in the flattened rollout, shape (b,), ``None`` if the buffer doesn't tell
+    :param gather: returns them as ``RolloutBuffer.get`` yields them
     """
 
-    samples: RolloutBufferSamples
-    indices: th.Tensor | None
+    def __init__(self, indices: th.Tensor | None, gather: Callable[[], RolloutBufferSamples]) -> None:
+        self.indices = indices
+        self._gather = gather
+
+    @functools.cached_property
+    def samples(self) -> RolloutBufferSamples:
+        """Gathered when they are first asked for."""
+        return self._gather()
 
 
 def gathers_by_index(buffer: RolloutBuffer) -> bool:
@@ -48,7 +55,8 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     :param batch_size: samples a minibatch, the last one may have fewer
     """
     if not gathers_by_index(buffer):
-        yield from (Minibatch(samples, None) for samples in buffer.get(batch_size))
+        for samples in buffer.get(batch_size):
+            yield _gathered(samples, None)
         return
     gathered: list[np.ndarray] = []
     get_samples = buffer._get_samples
@@ -60,9 +68,13 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     buffer._get_samples = listening_get_samples  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            yield Minibatch(samples, th.as_tensor(gathered.pop(), device=buffer.device))
+            yield _gathered(samples, th.as_tensor(gathered.pop(), device=buffer.device))
     finally:
         vars(buffer).pop("_get_samples", None)
+
+
+def _gathered(samples: RolloutBufferSamples, indices: th.Tensor | None) -> Minibatch:
+    return Minibatch(indices, lambda: samples)
 
 
 def flat_observations(buffer: RolloutBuffer) -> Observations:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
+from sb3_ppo_variants.engines.engine import Forward, LazyMetrics
 from sb3_ppo_variants.kl import DistributionParams
 from sb3_ppo_variants.losses import Coefficients, Metrics
 from sb3_ppo_variants.rollout import Minibatch
@@ -15,8 +16,10 @@ MAX_PENDING = 2**18
 
 
 class _Record(NamedTuple):
+    """A metric on consecutive minibatches of one epoch: shape (), or (m,) on ``m`` of them."""
+
     epoch: int
-    value: th.Tensor
+    values: th.Tensor
 
 
 class UpdateStats:
@@ -58,32 +61,51 @@ class UpdateStats:
         # The exact KL costs several small operations: evaluated over many minibatches at once.
         self._pending: list[tuple[int, th.Tensor, DistributionParams]] = []
         self._n_pending = 0
+        # The same holds for the other metrics: those of minibatches of equal size, in one epoch.
+        self._unmeasured: list[LazyMetrics] = []
+        self._unmeasured_epoch = 0
 
-    def add_minibatch(
-        self, minibatch: Minibatch, log_ratio: th.Tensor, params: DistributionParams | None, metrics: Metrics
-    ) -> None:
+    def add_minibatch(self, minibatch: Minibatch, forward: Forward) -> None:
         """
         Make a minibatch the latest one.
 
         :param minibatch: the minibatch
-        :param log_ratio: of its samples, shape (b,)
-        :param params: the current policy's distributions on its states, ``None`` if they are not known
-        :param metrics: each of shape ()
+        :param forward: what it shows of the current policy
         """
         self.minibatch = minibatch
-        self.log_ratio = log_ratio
-        self._params = params
-        if self._keep_kls and params is not None and minibatch.indices is not None:
-            self._pending.append((self.epochs_completed, minibatch.indices, params))
-            self._n_pending += params.tensors()[0].numel()
+        self.log_ratio, self._params, metrics = forward
+        if self._keep_kls and self._params is not None and minibatch.indices is not None:
+            self._pending.append((self.epochs_completed, minibatch.indices, self._params))
+            self._n_pending += self._params.tensors()[0].numel()
             if self._n_pending > MAX_PENDING:
                 self._minibatch_kls()
-        self.add(metrics)
+        if isinstance(metrics, LazyMetrics):
+            self._add_lazily(metrics)
+        else:
+            self.add(metrics)
 
     def add(self, metrics: Metrics) -> None:
         """Append metrics of the latest minibatch, each of shape ()."""
         for name, metric in metrics.items():
             self._history.setdefault(name, []).append(_Record(self.epochs_completed, metric))
+
+    def _add_lazily(self, metrics: LazyMetrics) -> None:
+        if self._unmeasured and not (
+            self._unmeasured_epoch == self.epochs_completed
+            and self._unmeasured[0].new.log_prob.shape == metrics.new.log_prob.shape
+            and len(self._unmeasured) * metrics.params.tensors()[0].numel() < MAX_PENDING
+        ):
+            self._measure_metrics()
+        self._unmeasured.append(metrics)
+        self._unmeasured_epoch = self.epochs_completed
+
+    def _measure_metrics(self) -> None:
+        """Fill in the metrics of the minibatches that have left them out."""
+        if self._unmeasured:
+            metrics = self._unmeasured[0].measure(self._unmeasured)
+            self._unmeasured = []
+            for name, values in metrics.items():
+                self._history.setdefault(name, []).append(_Record(self._unmeasured_epoch, values))
 
     def stop_policy(self) -> None:
         """End the policy's part of this update; the critic's minibatches go on to the last epoch."""
@@ -128,6 +150,7 @@ class UpdateStats:
         return self._kls
 
     def __contains__(self, name: str) -> bool:
+        self._measure_metrics()
         return name in self._history
 
     def latest(self, name: str) -> float:
@@ -136,11 +159,7 @@ class UpdateStats:
 
         :raises KeyError: if there is no such metric
         """
-        return self._records(name)[-1].value.item()
-
-    def latest_array(self, name: str) -> np.ndarray:
-        """The metric on the latest minibatch, shape (), in its own dtype."""
-        return self._records(name)[-1].value.cpu().numpy()
+        return float(self._records(name)[-1].values.flatten()[-1])
 
     def series(self, name: str) -> np.ndarray:
         """
@@ -148,12 +167,12 @@ class UpdateStats:
 
         :raises KeyError: if there is no such metric
         """
-        return np.array([record.value.cpu().numpy() for record in self._records(name)])
+        return _join(self._records(name))
 
     def last_epoch(self, name: str) -> np.ndarray:
         """The metric on every minibatch of the last epoch that has any, shape (n_minibatches,), in its own dtype."""
-        epochs = [record.epoch for record in self._records(name)]
-        return self.series(name)[epochs.index(epochs[-1]) :]
+        records = self._records(name)
+        return _join([record for record in records if record.epoch == records[-1].epoch])
 
     def mean(self, name: str) -> float:
         """
@@ -174,6 +193,10 @@ class UpdateStats:
         return self._trust_region.measure()
 
     def _records(self, name: str) -> list[_Record]:
-        if name not in self._history:
+        if name not in self:
             raise KeyError(f"there is no metric {name!r} in this update so far, only {', '.join(self._history) or 'none'}")
         return self._history[name]
+
+
+def _join(records: list[_Record]) -> np.ndarray:
+    return np.concatenate([record.values.cpu().numpy().reshape(-1) for record in records])

@@ -237,7 +237,7 @@ def test_gradient_of_the_whole_loss_against_finite_differences(variant: str, pol
         trust_region.old = old
         buffer: Any = None  # the engine is given its minibatch
         engine = EagerEngine(policy, buffer, action_space, coefs, math.inf, trust_region)
-        minibatch = Minibatch(rollout, th.arange(n_samples))
+        minibatch = Minibatch(th.arange(n_samples), lambda: rollout)
 
         metrics = engine.forward(minibatch).metrics
         engine.backward()

@@ -1,65 +1,27 @@
 """The reference engine: losses as written, gradients by autograd, steps by the policy's own optimiser."""
 
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_variants.critic import critic_parameters
+from sb3_ppo_variants.engines.engine import Engine, Forward
 from sb3_ppo_variants.kl import DistributionParams, distribution_params
-from sb3_ppo_variants.losses import Coefficients, Evaluation, Metrics, Samples, ppo_loss, value_loss
+from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, ppo_loss, value_loss
 from sb3_ppo_variants.rollout import Minibatch, minibatches, policy_actions
-from sb3_ppo_variants.trust_region import TrustRegion
 
 
-class Forward(NamedTuple):
-    """
-    What a minibatch of ``b`` samples shows of the current policy, all detached.
-
-    :param log_ratio: ln pi_new(a|s) - ln pi_old(a|s), shape (b,)
-    :param params: the action distributions' parameters, ``None`` if they are not known
-    :param metrics: the losses and what else is logged, each of shape ()
-    """
-
-    log_ratio: th.Tensor
-    params: DistributionParams | None
-    metrics: Metrics
-
-
-class EagerEngine:
-    """
-    Takes gradient steps on minibatches: :meth:`forward`, :meth:`backward`, :meth:`step`, in this order.
-
-    :param policy: the policy that is updated
-    :param buffer: the full rollout buffer
-    :param action_space: of the environment
-    :param coefs: the coefficients in effect
-    :param max_grad_norm: gradients are scaled down to this norm
-    :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
-    """
+class EagerEngine(Engine):
+    """The policy's own evaluation, autograd's gradient, the optimiser's own step, whatever users have made of them."""
 
     _loss: th.Tensor
-
-    def __init__(
-        self,
-        policy: ActorCriticPolicy,
-        buffer: RolloutBuffer,
-        action_space: spaces.Space[Any],
-        coefs: Coefficients,
-        max_grad_norm: float,
-        trust_region: TrustRegion | None,
-    ) -> None:
-        self._policy = policy
-        self._buffer = buffer
-        self._action_space = action_space
-        self._coefs = coefs
-        self._max_grad_norm = max_grad_norm
-        self._trust_region = trust_region
+    _differentiated: list[th.nn.Parameter] | None
 
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
-        """One pass over the rollout, in random order."""
+        """One pass over the rollout, in the order, and by the means, of its buffer."""
         return minibatches(self._buffer, batch_size)
 
     def forward(self, minibatch: Minibatch) -> Forward:
@@ -74,46 +36,40 @@ class EagerEngine:
             assert minibatch.indices is not None
             assert params is not None
             kl = self._trust_region.kl(minibatch.indices, params)
+        self._differentiated = None
         self._loss, metrics = ppo_loss(Evaluation(values.flatten(), log_prob, entropy, kl), _samples(minibatch), self._coefs)
         log_ratio = log_prob.detach() - minibatch.samples.old_log_prob
         return Forward(log_ratio, None if params is None else params.map(th.Tensor.detach), metrics)
 
     def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
-        """
-        The value loss alone on a minibatch.
-
-        :param vf_coef: its weight
-        """
+        """The value loss, for a gradient at the critic's own parameters."""
         values = self._policy.predict_values(minibatch.samples.observations).flatten()
         loss = value_loss(values, _samples(minibatch), self._coefs.clip_range_vf)
+        self._differentiated = self._critic_parameters
         self._loss = vf_coef * loss
         return {"value_loss": loss.detach()}
 
-    def backward(self, parameters: list[th.nn.Parameter] | None = None) -> Metrics:
-        """
-        Leave the gradient of the latest loss, clipped in norm, in ``parameter.grad``.
+    @functools.cached_property
+    def _critic_parameters(self) -> list[th.nn.Parameter]:
+        return critic_parameters(self._policy)
 
-        :param parameters: those that get a gradient; ``None`` for all that the loss depends on
-        :return: the gradient's norm before clipping
-        """
+    def backward(self) -> Metrics:
+        """The gradient, in ``parameter.grad``."""
         self._policy.optimizer.zero_grad()
-        self._loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+        self._loss.backward(inputs=self._differentiated)  # type: ignore[no-untyped-call]
         grad_norm = th.nn.utils.clip_grad_norm_(self._policy.parameters(), self._max_grad_norm)
         return {"grad_norm": grad_norm.detach()}
 
     def step(self, optimizer: th.optim.Optimizer | None = None) -> None:
-        """
-        Apply the gradient.
-
-        :param optimizer: that applies it; ``None`` for the policy's
-        """
+        """The optimiser's own."""
         (optimizer or self._policy.optimizer).step()
 
     def publish(self) -> None:
         """Nothing: this engine works on the policy itself."""
 
-    def fetch(self) -> None:
+    def fetch(self) -> bool:
         """Nothing: this engine works on the policy itself."""
+        return True
 
     def _params(
         self, minibatch: Minibatch, actions: th.Tensor, log_prob: th.Tensor, stale: object

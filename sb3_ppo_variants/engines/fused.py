@@ -5,276 +5,311 @@ Why the bits agree: every operation is the one that autograd would run, on the o
 sums are taken in autograd's order.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.distributions import (
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-)
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
-from torch import nn
 
-from sb3_ppo_variants.engines.eager import Forward
+from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
 from sb3_ppo_variants.engines.flat_adam import FlatAdam, views
-from sb3_ppo_variants.engines.heads import CategoricalHead, GaussianHead
-from sb3_ppo_variants.engines.network import ACTIVATIONS, Layer, Network
-from sb3_ppo_variants.kl import k3
-from sb3_ppo_variants.losses import Coefficients, Metrics, entropy_loss, kl_penalty, normalize
-from sb3_ppo_variants.rollout import Minibatch, gathers_by_index, policy_actions
-from sb3_ppo_variants.trust_region import TrustRegion
+from sb3_ppo_variants.engines.heads import make_head
+from sb3_ppo_variants.engines.network import layer_names, network, policy_inputs
+from sb3_ppo_variants.engines.reasons import why_not_fused
+from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize, ppo_loss, value_loss
+from sb3_ppo_variants.rollout import Minibatch, policy_actions
 
-HEADED = (DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution)
-"""Action distributions whose gradients are known."""
+LARGE_MINIBATCH = 2**14
+"""Samples from which on torch may share out the statistics of a minibatch among threads."""
 
 
-def why_not_fused(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> str | None:
+class FusedMinibatch(Minibatch):
     """
-    Why the fused engine can't stand in for the eager one.
+    A minibatch as the fused engine wants it.
 
-    :param policy: the policy
-    :param buffer: the rollout buffer
-    :return: the first reason that is found, ``None`` if it can
-    """
-    return next(_objections(policy, buffer), None)
-
-
-def _objections(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[str]:
-    """Everything that has to be SB3's own, as it is, for the operations to be known."""
-    methods = {name for name in dir(ActorCriticPolicy) if callable(getattr(ActorCriticPolicy, name))}
-    if type(policy) is not ActorCriticPolicy or methods & vars(policy).keys():
-        yield f"the policy, a {type(policy).__name__}, is not SB3's ActorCriticPolicy as it is"
-        return
-    if type(buffer) is not RolloutBuffer or not gathers_by_index(buffer):
-        yield f"the rollout buffer, a {type(buffer).__name__}, is not SB3's RolloutBuffer as it is"
-    if policy.device.type != "cpu":
-        yield f"the device is {policy.device}, not the CPU"
-    if {type(policy.pi_features_extractor), type(policy.vf_features_extractor)} != {FlattenExtractor}:
-        yield "the features extractor is not SB3's FlattenExtractor"
-    if type(policy.action_dist) not in HEADED:
-        yield f"the action distribution is a {type(policy.action_dist).__name__}"
-    if type(policy.mlp_extractor) is not MlpExtractor:
-        yield f"the MLP extractor is a {type(policy.mlp_extractor).__name__}"
-        return
-    for network in (policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net):
-        kinds = [type(layer) for layer in network]
-        if any(kind is not nn.Linear for kind in kinds[::2]) or not ACTIVATIONS.keys() >= set(kinds[1::2]):
-            yield f"the layers are {', '.join(kind.__name__ for kind in kinds)}"
-    if any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in policy.modules()):
-        yield "a module of the policy has hooks"
-    yield from _objections_to_optimizer(policy)
-
-
-def _objections_to_optimizer(policy: ActorCriticPolicy) -> Iterator[str]:
-    parameters, optimizer = list(policy.parameters()), policy.optimizer
-    if any(not parameter.requires_grad or parameter.dtype != th.float32 for parameter in parameters):
-        yield "a parameter is frozen or not of type float32"
-    if any(parameter._backward_hooks for parameter in parameters):
-        yield "a parameter has hooks"
-    if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
-        yield f"the optimiser, a {type(optimizer).__name__}, is not Adam with one group of parameters"
-        return
-    group = optimizer.param_groups[0]
-    if any(group.get(name) for name in ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")):
-        yield "Adam has other than its plain settings"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer):
-        yield "the optimiser has hooks"
-    if list(map(id, group["params"])) != list(map(id, parameters)):
-        yield "the optimiser's parameters are not the policy's"
-    if len({float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0 for p in parameters}) > 1:
-        yield "the optimiser has stepped some parameters more often than others"
-
-
-class FusedEngine:
-    """
-    Takes gradient steps on minibatches, as :class:`~sb3_ppo_variants.engines.eager.EagerEngine` does, to the last bit.
-
-    It works on flat copies of parameters, gradients and the optimiser's state: :meth:`publish` writes them back before anybody
-    else may look, :meth:`fetch` takes over what somebody has changed.
-
-    :param policy: the policy that is updated, one for which :func:`why_not_fused` has no objection
-    :param buffer: the full rollout buffer
-    :param action_space: of the environment
-    :param coefs: the coefficients in effect, with the critic in the loss
-    :param max_grad_norm: gradients are scaled down to this norm
-    :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
+    :param features: the policy's inputs, shape (b, n_features)
+    :param actions: as the rollout buffer keeps them, shape (b, action_dim)
+    :param old: the rollout's view; advantages are normalised already, if they are to be
     """
 
     def __init__(
         self,
-        policy: ActorCriticPolicy,
-        buffer: RolloutBuffer,
-        action_space: spaces.Space[Any],
-        coefs: Coefficients,
-        max_grad_norm: float,
-        trust_region: TrustRegion | None,
+        indices: th.Tensor,
+        gather: Callable[[], RolloutBufferSamples],
+        features: th.Tensor,
+        actions: np.ndarray,
+        old: Samples,
     ) -> None:
-        self._policy = policy
-        self._buffer = buffer
-        self._action_space = action_space
-        assert coefs.vf_coef is not None
-        self._coefs = coefs
-        self._vf_coef = coefs.vf_coef
-        self._max_grad_norm = max_grad_norm
-        self._trust_region = trust_region
-        self._parameters: list[th.Tensor] = list(policy.parameters())
+        super().__init__(indices, gather)
+        self.features = features
+        self.actions = actions
+        self.old = old
+
+
+class _Part(NamedTuple):
+    """
+    The parameters that a loss depends on.
+
+    :param first: index of the first one in the flat order
+    :param last: index behind that of the last one
+    :param flat_grad: their gradients, shape (n_elements,)
+    :param grads: views of these, in the policy's order
+    """
+
+    first: int
+    last: int
+    flat_grad: th.Tensor
+    grads: list[th.Tensor]
+
+
+class FusedEngine(Engine):
+    """
+    What :class:`~sb3_ppo_variants.engines.eager.EagerEngine` does, to the last bit.
+
+    It works on flat copies of parameters, gradients and the optimisers' state: :meth:`publish` writes them back before
+    anybody else may look, :meth:`fetch` takes over what somebody has changed. For policies and buffers for which
+    :func:`~sb3_ppo_variants.engines.reasons.why_not_fused` finds no reason.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._lay_out()
+        self._adams: dict[th.optim.Optimizer, FlatAdam] = {}
+        self._part = self._all
+        self._retired = False
+        self._fetch_values()
+
+    def _lay_out(self) -> None:
+        """Parameters and gradients as flat vectors, the critic's last."""
+        policy = self._policy
+        actor_layers = layer_names(policy, "policy_net", "action_net")
+        critic_layers = layer_names(policy, "value_net", "value_net")
+        parameters: dict[str, th.Tensor] = dict(policy.named_parameters())
+        critics = [f"{name}.{kind}" for name in critic_layers for kind in ("weight", "bias")]
+        actors = [name for name in parameters if name not in critics]
+        names = [*actors, *critics]
+        self._parameters = [parameters[name] for name in names]
         n_elements = sum(parameter.numel() for parameter in self._parameters)
-        self._flat, self._flat_grad = th.empty(n_elements), th.zeros(n_elements)
+        self._flat, self._flat_grad = th.zeros(n_elements), th.zeros(n_elements)
         self._values, self._grads = (views(flat, self._parameters) for flat in (self._flat, self._flat_grad))
-        self._adam = FlatAdam(policy.optimizer, self._parameters)  # type: ignore[arg-type]
-        self._has_gradient = False
-        self._build_networks()
-        self.fetch()
+        values, grads = (dict(zip(names, parts, strict=True)) for parts in (self._values, self._grads))
 
-    def _build_networks(self) -> None:
-        names = [name for name, _ in self._policy.named_parameters()]
-        value, grad = dict(zip(names, self._values, strict=True)), dict(zip(names, self._grads, strict=True))
+        self._head = make_head(policy.action_dist, values, grads.get("log_std"))
+        self._actor, self._critic = network(actor_layers, values), network(critic_layers, values)
+        self._actor_grads, self._critic_grads = (
+            [(grads[f"{name}.weight"], grads[f"{name}.bias"]) for name in layers] for layers in (actor_layers, critic_layers)
+        )
 
-        def layer(name: str, activation: type[nn.Module] | None) -> Layer:
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            return Layer(value[weight], value[bias], grad[weight], grad[bias], activation)
+        def part(first: int, last: int) -> _Part:
+            start, stop = (sum(parameter.numel() for parameter in self._parameters[:index]) for index in (first, last))
+            in_part = set(names[first:last])
+            return _Part(first, last, self._flat_grad[start:stop], [grads[name] for name in parameters if name in in_part])
 
-        def network(hidden: str, output: str) -> Network:
-            modules = list(getattr(self._policy.mlp_extractor, hidden))
-            prefix = f"mlp_extractor.{hidden}"
-            layers = [layer(f"{prefix}.{index}", type(modules[index + 1])) for index in range(0, len(modules), 2)]
-            return Network([*layers, layer(output, None)])
+        self._all, self._actors = part(0, len(names)), part(0, len(actors))
+        self._critics = part(len(actors), len(names))
+        self._published_part: _Part | None = None
 
-        self._actor, self._critic = network("policy_net", "action_net"), network("value_net", "value_net")
-        self._head: GaussianHead | CategoricalHead
-        distribution = self._policy.action_dist
-        if isinstance(distribution, MultiCategoricalDistribution):
-            self._head = CategoricalHead([int(size) for size in distribution.action_dims])
-        elif isinstance(distribution, CategoricalDistribution):
-            self._head = CategoricalHead([distribution.action_dim])
-        else:
-            self._head = GaussianHead(value["log_std"], grad["log_std"])
-
-    def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
-        """One pass over the rollout, in random order: SB3's permutation, gathered once."""
+    def minibatches(self, batch_size: int) -> Iterator[FusedMinibatch]:
+        """One pass over the rollout, in random order: SB3's permutation, gathered at once."""
         buffer = self._buffer
         n_samples = buffer.buffer_size * buffer.n_envs
-        indices = th.from_numpy(np.random.permutation(n_samples))
+        order = np.random.permutation(n_samples)
         if not buffer.generator_ready:
             for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
                 vars(buffer)[name] = buffer.swap_and_flatten(vars(buffer)[name])
             buffer.generator_ready = True
-        arrays = (buffer.observations, buffer.actions.astype(np.float32, copy=False))
-        columns = (array.flatten() for array in (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns))
-        shuffled = [th.as_tensor(array)[indices] for array in (*arrays, *columns)]
-        features = preprocess_obs(shuffled[0], self._policy.observation_space, self._policy.normalize_images)
-        assert isinstance(features, th.Tensor)
-        features = features.flatten(start_dim=1)
-        for start in range(0, n_samples, batch_size):
-            rows = slice(start, start + batch_size)
-            self._features = features[rows]
-            yield Minibatch(RolloutBufferSamples(*(tensor[rows] for tensor in shuffled)), indices[rows])
+        features = policy_inputs(self._policy, th.as_tensor(buffer.observations[order])).split(batch_size)
+        actions = buffer.actions[order].astype(np.float32, copy=False)
+        columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+        old_values, old_log_prob, advantages, returns = (th.from_numpy(column.flatten()[order]) for column in columns)
+        if self._coefs.normalize_advantage:
+            advantages = normalize_each(advantages, batch_size)
+        old = zip(*(column.split(batch_size) for column in (old_values, old_log_prob, advantages, returns)), strict=True)
+        indices = th.from_numpy(order).split(batch_size)
+        for number, (rows, samples) in enumerate(zip(indices, old, strict=True)):
+            start = number * batch_size
+            yield FusedMinibatch(
+                rows,
+                functools.partial(buffer._get_samples, order[start : start + batch_size]),
+                features[number],
+                actions[start : start + batch_size],
+                Samples(*samples),
+            )
 
-    @th.no_grad()
+    @np.errstate(all="ignore")
     def forward(self, minibatch: Minibatch) -> Forward:
-        """The loss of the current policy on a minibatch, as :func:`~sb3_ppo_variants.losses.ppo_loss` composes it."""
-        samples, coefs = minibatch.samples, self._coefs
-        self._samples = samples
-        actions = policy_actions(samples.actions, self._action_space)
-        log_prob, entropy = self._head.forward(self._actor.forward(self._features), actions)
-        self._advantages = normalize(samples.advantages) if coefs.normalize_advantage else samples.advantages
-        log_ratio = log_prob - samples.old_log_prob
-        self._ratio = th.exp(log_ratio)
-        self._surrogate = self._advantages * self._ratio
-        metrics: Metrics = {}
-        if coefs.clip_range is None:
-            policy_loss = -self._surrogate.mean()
-        else:
-            self._clipped = self._advantages * th.clamp(self._ratio, 1 - coefs.clip_range, 1 + coefs.clip_range)
-            policy_loss = -th.min(self._surrogate, self._clipped).mean()
-            metrics["clip_fraction"] = th.mean((th.abs(self._ratio - 1) > coefs.clip_range).float())
-        negative_entropy = entropy_loss(entropy, log_prob)
+        """Whatever the gradient of :func:`~sb3_ppo_variants.losses.ppo_loss` needs; the loss itself is left for later."""
+        assert isinstance(minibatch, FusedMinibatch)
+        self._minibatch, coefs, old = minibatch, self._coefs, minibatch.old
+        self._part = self._actors if coefs.critic_apart else self._all
+        with th.inference_mode():
+            self._head.forward(self._actor.forward(minibatch.features))
+            log_prob = self._head.log_prob(minibatch.actions)
+            log_ratio = log_prob - old.old_log_prob.numpy()
+            self._ratio = th.from_numpy(log_ratio).exp().numpy()
+            values, kl = None, None
+            if not coefs.critic_apart:
+                values = self._critic.forward(minibatch.features).flatten()
+                self._new_values, self._vf_coef = values.numpy(), coefs.vf_coef
+            if coefs.penalizes_kl:
+                assert self._trust_region is not None
+                assert minibatch.indices is not None
+                kl = self._head.kl(self._trust_region.old_at(minibatch.indices))
+                self._mean_kl = np.float32(kl.mean())
+        if math.isnan(log_prob.dot(log_prob)):  # the fastest way to ask whether any is NaN
+            self._raise_what_sb3_raises(minibatch)
+        params = self._head.params
+        lazily = LazyMetrics(Evaluation(values, th.from_numpy(log_prob), None, kl), old, params, self._measure)
+        return Forward(th.from_numpy(log_ratio), params, lazily)
 
-        self._predicted = values = self._critic.forward(self._features).flatten()
-        if coefs.clip_range_vf is not None:
-            self._move = values - samples.old_values
-            self._predicted = samples.old_values + th.clamp(self._move, -coefs.clip_range_vf, coefs.clip_range_vf)
-        value_loss = nn.functional.mse_loss(samples.returns, self._predicted)
+    def _raise_what_sb3_raises(self, minibatch: Minibatch) -> None:
+        """SB3's distributions refuse NaN, unless they have been told not to."""
+        self.publish()
+        with th.no_grad():
+            actions = policy_actions(minibatch.samples.actions, self._action_space)
+            self._policy.evaluate_actions(minibatch.samples.observations, actions)
 
-        loss = policy_loss + coefs.ent_coef * negative_entropy + self._vf_coef * value_loss
-        if coefs.penalizes_kl:
-            metrics["kl_penalty_loss"] = self._kl_penalty(minibatch)
-            loss = loss + metrics["kl_penalty_loss"]
-        metrics.update(policy_loss=policy_loss, entropy_loss=negative_entropy, approx_kl=k3(log_ratio).mean())
-        metrics.update(value_loss=value_loss, loss=loss)
-        return Forward(log_ratio, self._head.params, metrics)
+    @th.inference_mode()
+    def _measure(self, minibatches: Sequence[LazyMetrics]) -> Metrics:
+        """The metrics of several minibatches of equal size, by the reference's formulas."""
+        values, log_prob, _, kl = (
+            None if column[0] is None else th.stack(column)
+            for column in zip(*(lazily.new for lazily in minibatches), strict=True)
+        )
+        assert log_prob is not None
+        entropy = self._head.entropy([lazily.params for lazily in minibatches])
+        old = Samples(*(th.stack(column) for column in zip(*(lazily.old for lazily in minibatches), strict=True)))
+        coefs = self._coefs._replace(normalize_advantage=False)
+        return ppo_loss(Evaluation(values, log_prob, entropy, kl), old, coefs, mean_of_each)[1]
 
-    def _kl_penalty(self, minibatch: Minibatch) -> th.Tensor:
-        """:func:`~sb3_ppo_variants.losses.kl_penalty`, remembering the mean KL for its gradient."""
-        assert self._trust_region is not None
-        assert minibatch.indices is not None
-        old: Any = self._trust_region.old_at(minibatch.indices)
-        kl = self._head.kl(old)
-        self._mean_kl = kl.mean()
-        return kl_penalty(kl, self._coefs)
+    def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
+        """The value loss, for a gradient at the critic's own parameters."""
+        assert isinstance(minibatch, FusedMinibatch)
+        self._minibatch, self._vf_coef, self._part = minibatch, vf_coef, self._critics
+        with th.inference_mode():
+            values = self._critic.forward(minibatch.features).flatten()
+            self._new_values = values.numpy()
+            return {"value_loss": value_loss(values, minibatch.old, self._coefs.clip_range_vf)}
 
-    @th.no_grad()
+    @np.errstate(all="ignore")
+    @th.inference_mode()
     def backward(self) -> Metrics:
-        """The gradient of the latest loss, clipped in norm, and its norm before clipping."""
-        coefs, samples, n_samples = self._coefs, self._samples, len(self._ratio)
-        one = th.ones(())
-        # policy loss: -mean(min(r A, clip(r) A)); where both are equal, each gets a half, which add up
-        d_ratio = (-one / n_samples) * self._advantages
-        if coefs.clip_range is not None:
-            d_ratio = th.where(self._surrogate <= self._clipped, d_ratio, 0.0)
-        d_log_prob = d_ratio * self._ratio
-        d_entropy = -(one * coefs.ent_coef) / n_samples if coefs.ent_coef != 0 else None
-        d_kl = self._d_mean_kl() / n_samples if coefs.penalizes_kl else None
-        self._actor.backward(self._head.backward(d_log_prob, d_entropy, d_kl))
-
-        # value loss: mean (V - R)^2
-        d_values = th.ops.aten.mse_loss_backward(one * self._vf_coef, self._predicted, samples.returns, 1)
-        if coefs.clip_range_vf is not None:
-            inside = (self._move >= -coefs.clip_range_vf) & (self._move <= coefs.clip_range_vf)
-            d_values = th.where(inside, d_values, 0.0)
-        self._critic.backward(d_values.unsqueeze(1))
-
-        self._has_gradient = True
-        norm = th.linalg.vector_norm(th.stack(th._foreach_norm(self._grads)))
-        self._flat_grad.mul_((self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+        """The gradient, kept until it is published."""
+        if self._part is not self._critics:
+            d_log_prob = self._d_ratio() * self._ratio
+            self._actor.backward(self._head.backward(d_log_prob, self._d_entropy(), self._d_kl()), self._actor_grads)
+        if self._part is not self._actors:
+            self._critic.backward(th.from_numpy(self._d_values()).unsqueeze(1), self._critic_grads)
+        self._published_part = self._part
+        norm = th.linalg.vector_norm(th.stack(th._foreach_norm(self._part.grads)))
+        self._part.flat_grad.mul_((self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
         return {"grad_norm": norm}
 
-    def _d_mean_kl(self) -> th.Tensor:
-        """beta, and the slope of the hinge."""
-        beta = th.ones(()) * self._coefs.kl_coef
-        if self._coefs.hinge_coef == 0:
-            return beta
-        excess = th.relu(self._mean_kl - self._coefs.hinge_kl)
-        slope = self._coefs.hinge_coef * th.ones(()) * (2 * excess)
-        return th.where(excess > 0, slope, 0.0) + beta
+    def _d_ratio(self) -> np.ndarray:
+        """At r, of -mean(r A), or of -mean(min(r A, clip(r) A)); where both are equal, each gets half of the gradient."""
+        advantages, ratio, clip_range = self._minibatch.old.advantages.numpy(), self._ratio, self._coefs.clip_range
+        d_surrogate = (np.float32(-1) / np.float32(len(ratio))) * advantages
+        if clip_range is None:
+            return d_surrogate
+        clipped_ratio = np.minimum(np.maximum(ratio, np.float32(1 - clip_range)), np.float32(1 + clip_range))
+        unclipped_share = np.heaviside(advantages * clipped_ratio - advantages * ratio, np.float32(0.5))
+        return np.where(clipped_ratio == ratio, d_surrogate, d_surrogate * unclipped_share)
 
-    @th.no_grad()
-    def step(self) -> None:
-        """Apply the gradient."""
-        self._adam.step(self._flat, self._flat_grad)
+    def _d_entropy(self) -> np.float32 | None:
+        """At each entropy S, of -ent_coef mean(S)."""
+        if self._coefs.ent_coef == 0:
+            return None
+        return -np.float32(self._coefs.ent_coef) / np.float32(len(self._ratio))
+
+    def _d_kl(self) -> np.float32 | None:
+        """At each KL, of beta mean(KL), and of the hinge."""
+        coefs = self._coefs
+        if not coefs.penalizes_kl:
+            return None
+        slope = np.float32(coefs.kl_coef)
+        excess = self._mean_kl - np.float32(coefs.hinge_kl)
+        if coefs.hinge_coef > 0 and excess > 0:
+            slope = np.float32(coefs.hinge_coef) * (2 * excess) + slope
+        return slope / np.float32(len(self._ratio))
+
+    def _d_values(self) -> np.ndarray:
+        """At V, of vf_coef mean((V - R)^2), where V is clipped to the old one's vicinity if wanted."""
+        old, values, clip_range_vf = self._minibatch.old, self._new_values, self._coefs.clip_range_vf
+        slope, vf_coef = np.float32(2 / len(values)), np.float32(self._vf_coef)
+        if clip_range_vf is None:
+            return slope * (values - old.returns.numpy()) * vf_coef
+        low, high = np.float32(-clip_range_vf), np.float32(clip_range_vf)
+        old_values = old.old_values.numpy()
+        move = values - old_values
+        predicted = old_values + np.minimum(np.maximum(move, low), high)
+        inside = (move >= low) & (move <= high)
+        return np.where(inside, slope * (predicted - old.returns.numpy()) * vf_coef, np.float32(0))
+
+    def step(self, optimizer: th.optim.Optimizer | None = None) -> None:
+        """Adam, on flat vectors."""
+        adam = self._adam(optimizer or self._policy.optimizer)
+        with th.inference_mode():
+            adam.step(self._part.first, self._part.last)
+
+    def _adam(self, optimizer: th.optim.Optimizer) -> FlatAdam:
+        if optimizer not in self._adams:
+            assert isinstance(optimizer, th.optim.Adam)
+            self._adams[optimizer] = FlatAdam(optimizer, self._parameters, self._flat, self._flat_grad)
+            self._adams[optimizer].fetch()
+        return self._adams[optimizer]
 
     @th.no_grad()
     def publish(self) -> None:
-        """Write parameters, gradients and the optimiser's state into the policy."""
+        """Copies of the flat vectors' parts."""
+        if self._retired:
+            return
         th._foreach_copy_(self._parameters, self._values)
-        if self._has_gradient:
-            for parameter, grad in zip(self._parameters, self._grads, strict=True):
-                parameter.grad = grad.clone()
-        self._adam.publish()
+        if self._published_part is not None:
+            indices = range(self._published_part.first, self._published_part.last)
+            for index, parameter in enumerate(self._parameters):
+                parameter.grad = self._grads[index].clone() if index in indices else None
+        for adam in self._adams.values():
+            adam.publish()
 
     @th.no_grad()
-    def fetch(self) -> None:
-        """Take parameters, gradients and the optimiser's state from the policy."""
-        th._foreach_copy_(self._values, self._parameters)
+    def fetch(self) -> bool:
+        """Into the flat vectors; anything may have happened to the policy."""
+        part = self._published_part
+        in_part = [] if part is None else self._parameters[part.first : part.last]
+        if why_not_fused(self._policy, self._buffer, list(self._adams)) or any(p.grad is None for p in in_part):
+            self._retired = True
+            return False
+        self._fetch_values()
         for parameter, grad in zip(self._parameters, self._grads, strict=True):
             if parameter.grad is not None:
                 grad.copy_(parameter.grad)
-        self._adam.fetch()
+        for adam in self._adams.values():
+            adam.fetch()
+        return True
+
+    def _fetch_values(self) -> None:
+        th._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
+
+
+def normalize_each(advantages: th.Tensor, batch_size: int) -> th.Tensor:
+    """
+    :func:`~sb3_ppo_variants.losses.normalize` of each minibatch, in its bits.
+
+    :param advantages: of an epoch, in its order, shape (n_samples,)
+    :param batch_size: samples a minibatch, the last one may have fewer
+    """
+    n_samples = len(advantages)
+    if batch_size == 1 or batch_size >= LARGE_MINIBATCH:
+        return th.cat([normalize(minibatch) for minibatch in advantages.split(batch_size)])
+    rows = advantages[: n_samples - n_samples % batch_size].view(-1, batch_size)
+    mean = rows.mean(dim=1, keepdim=True)
+    # As torch's `std` of a vector: squares in float64, added up one after the other.
+    squares = (rows.double() - mean.double()).square().cumsum(dim=1)[:, -1:]
+    std = (squares / (batch_size - 1)).sqrt().float()
+    normalized = [((rows - mean) / (std + 1e-8)).flatten()]
+    if n_samples % batch_size > 0:
+        normalized.append(normalize(advantages[-(n_samples % batch_size) :]))
+    return th.cat(normalized)

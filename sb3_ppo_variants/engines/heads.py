@@ -1,91 +1,147 @@
 """
 Action distributions with their gradients, operation by operation as autograd would run them.
 
+NumPy takes over where its bits are torch's, in sums, products and quotients of two numbers, as it needs a fraction of torch's
+time for small arrays; torch keeps what libraries compute differently: exponentials, logarithms, and sums over an axis.
+
 Where several gradients reach one tensor, they are added in autograd's order, in which what was computed last comes first: KL,
 then entropy, then log-probability.
 """
 
 import functools
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+)
 
-from sb3_ppo_variants.kl import CategoricalParams, GaussianParams
+from sb3_ppo_variants.kl import BernoulliParams, CategoricalParams, DistributionParams, GaussianParams
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
 ENTROPY_OF_UNIT_GAUSSIAN = 0.5 + 0.5 * math.log(2 * math.pi)
 
 
-class GaussianHead:
+class Head(ABC):
+    """The action distributions that a network's outputs stand for; each method speaks of the latest :meth:`forward`."""
+
+    params: DistributionParams
+    """Of the distributions."""
+
+    @abstractmethod
+    def forward(self, output: th.Tensor) -> None:
+        """
+        Set the distributions.
+
+        :param output: of the network, shape (b, n_out)
+        """
+
+    @abstractmethod
+    def sample(self) -> np.ndarray:
+        """Actions, as SB3's distributions draw them, shape (b, action_dim), without the last axis for Discrete."""
+
+    @abstractmethod
+    def log_prob(self, actions: np.ndarray) -> np.ndarray:
+        """
+        The log-probabilities of actions.
+
+        :param actions: as the rollout buffer keeps them, shape (b, action_dim)
+        :return: shape (b,)
+        """
+
+    @abstractmethod
+    def kl(self, old: DistributionParams) -> th.Tensor:
+        """:meth:`~sb3_ppo_variants.kl.DistributionParams.kl_divergence` from old distributions, shape (b,)."""
+
+    @abstractmethod
+    def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
+        """
+        The gradient at the network's outputs.
+
+        :param d_log_prob: gradient of the loss at each log-probability, shape (b,)
+        :param d_entropy: at each entropy, ``None`` for 0
+        :param d_kl: at each KL, ``None`` for 0
+        :return: shape (b, n_out)
+        """
+
+    @abstractmethod
+    def entropy(self, params: Sequence[DistributionParams]) -> th.Tensor:
+        """
+        The entropies of the distributions of ``m`` minibatches of size ``b``.
+
+        :param params: of each minibatch
+        :return: shape (m, b)
+        """
+
+
+class GaussianHead(Head):
     """
     Gaussian whose standard deviation doesn't depend on the state.
 
     :param log_std: ln sigma, shape (action_dim,)
-    :param log_std_grad: where its gradient is written
+    :param log_std_grad: where its gradient is written, ``None`` if there will be none
     """
 
-    params: GaussianParams
-    """Of the latest minibatch."""
-
-    def __init__(self, log_std: th.Tensor, log_std_grad: th.Tensor) -> None:
+    def __init__(self, log_std: th.Tensor, log_std_grad: th.Tensor | None = None) -> None:
         self._log_std = log_std
         self._log_std_grad = log_std_grad
 
-    def forward(self, mean: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Ln N(a; mu, sigma) = -(a - mu)^2 / 2 sigma^2 - ln sigma - ln sqrt(2 pi), and the entropy.
+    def forward(self, output: th.Tensor) -> None:
+        """Mu is the output, sigma the parameter's exponential."""
+        sigma = self._log_std.exp()
+        self.params = GaussianParams(output, sigma.expand_as(output))
+        self._mean, self._sigma, self._log_sigma = output.numpy(), sigma.numpy(), sigma.log().numpy()
 
-        :param mean: mu, shape (b, action_dim)
-        :param actions: a, shape (b, action_dim)
-        :return: each of shape (b,)
-        """
-        self._sigma = self._log_std.exp()
-        std = th.ones_like(mean) * self._sigma
-        self.params = GaussianParams(mean, std)
-        self._shift = actions - mean
-        self._two_var = 2 * std.pow(2)
-        self._quotient = -self._shift.pow(2) / self._two_var
-        log_std = std.log()
-        log_prob = (self._quotient - log_std - LOG_SQRT_2PI).sum(dim=1)
-        return log_prob, (ENTROPY_OF_UNIT_GAUSSIAN + log_std).sum(dim=1)
+    def sample(self) -> np.ndarray:
+        """Mu + epsilon sigma, epsilon ~ N(0, 1)."""
+        epsilon: np.ndarray = th.empty(self._mean.shape).normal_().numpy()
+        return self._mean + epsilon * self._sigma
 
-    def kl(self, old: GaussianParams) -> th.Tensor:
-        """:meth:`GaussianParams.kl_divergence`, remembering what its gradient needs."""
-        self._std_ratio = old.std / self.params.std
-        self._variance_ratio = self._std_ratio.pow(2)
-        self._standardized_shift = (old.mean - self.params.mean) / self.params.std
-        shift = self._standardized_shift.pow(2)
-        return 0.5 * (self._variance_ratio + shift - 1 - self._variance_ratio.log()).sum(dim=1)
+    def log_prob(self, actions: np.ndarray) -> np.ndarray:
+        """-(a - mu)^2 / 2 sigma^2 - ln sigma - ln sqrt(2 pi), summed over the action's dimensions."""
+        self._shift = actions - self._mean
+        self._two_var = 2 * (self._sigma * self._sigma)
+        self._quotient = -(self._shift * self._shift) / self._two_var
+        return _sum(self._quotient - self._log_sigma - LOG_SQRT_2PI, axis=1)
 
-    def backward(self, d_log_prob: th.Tensor, d_entropy: th.Tensor | None, d_kl: th.Tensor | None) -> th.Tensor:
-        """
-        The gradient at the mean; the one at ln sigma is written.
+    def entropy(self, params: Sequence[GaussianParams]) -> th.Tensor:  # type: ignore[override]
+        """1/2 + ln sqrt(2 pi) + ln sigma, summed over the action's dimensions: the same for all states."""
+        sigma = th.stack([of_minibatch.std[0] for of_minibatch in params])
+        return (ENTROPY_OF_UNIT_GAUSSIAN + sigma.log()).sum(dim=1, keepdim=True).repeat(1, len(params[0].mean))
 
-        :param d_log_prob: gradient of the loss at each log-probability, shape (b,)
-        :param d_entropy: at each entropy, shape (), ``None`` for 0
-        :param d_kl: at each KL, shape (), ``None`` for 0
-        :return: shape (b, action_dim)
-        """
-        std = self.params.std
-        d_log_prob = d_log_prob.unsqueeze(1).expand_as(std)
-        d_mean = (d_log_prob / self._two_var) * (2 * self._shift)
-        d_std = []
+    def kl(self, old: GaussianParams) -> th.Tensor:  # type: ignore[override]
+        """The Gaussians' KL, remembering what its gradient needs."""
+        self._std_ratio = old.std.numpy() / self._sigma
+        self._standardized_shift = (old.mean.numpy() - self._mean) / self._sigma
+        return old.kl_divergence(self.params)
+
+    def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
+        """The gradient at mu; the one at ln sigma is written."""
+        d_each = d_log_prob[:, None]
+        d_mean = (d_each / self._two_var) * (2 * self._shift)
+        d_sigma = []
         if d_kl is not None:
-            d_half = d_kl * 0.5
+            d_half = d_kl * np.float32(0.5)
             d_shift = d_half * (2 * self._standardized_shift)
-            d_ratio = (-d_half / self._variance_ratio + d_half) * (2 * self._std_ratio)
-            d_mean = -(d_shift / std) + d_mean
-            d_std += [-d_shift * (self._standardized_shift / std), -d_ratio * (self._std_ratio / std)]
+            d_ratio = (-d_half / (self._std_ratio * self._std_ratio) + d_half) * (2 * self._std_ratio)
+            d_mean = -(d_shift / self._sigma) + d_mean
+            d_sigma += [-d_shift * (self._standardized_shift / self._sigma), -d_ratio * (self._std_ratio / self._sigma)]
         if d_entropy is not None:
-            d_std.append(d_entropy / std)
-        d_std.append(-d_log_prob / std)
-        d_std.append((-d_log_prob * (self._quotient / self._two_var) * 2) * (2 * std))
-        self._log_std_grad.copy_(functools.reduce(th.add, d_std).sum(dim=0) * self._sigma)
-        return d_mean
+            d_sigma.append(d_entropy / self._sigma)
+        d_sigma.append(-d_each / self._sigma)
+        d_sigma.append((-d_each * (self._quotient / self._two_var) * 2) * (2 * self._sigma))
+        th.mul(th.from_numpy(_add_up(d_sigma)).sum(dim=0), th.from_numpy(self._sigma), out=self._log_std_grad)
+        return th.from_numpy(d_mean)
 
 
-class CategoricalHead:
+class CategoricalHead(Head):
     """
     One or several independent categorical distributions.
 
@@ -93,59 +149,144 @@ class CategoricalHead:
     """
 
     params: CategoricalParams
-    """Of the latest minibatch."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
 
-    def forward(self, output: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Ln p(a) = l_a - ln sum exp l, and the entropy -sum p ln p.
-
-        :param output: logits l, side by side, shape (b, sum of sizes)
-        :param actions: shape (b,) for one distribution, (b, n) for n
-        :return: each of shape (b,)
-        """
+    def forward(self, output: th.Tensor) -> None:
+        """The outputs are logits l, side by side; ln p = l - ln sum exp l."""
         self._logits = th.split(output, self._sizes, dim=1)
         self._lse = [logits.logsumexp(dim=-1, keepdim=True) for logits in self._logits]
         self._log_probs = [logits - lse for logits, lse in zip(self._logits, self._lse, strict=True)]
-        self._probs = [th.softmax(log_probs, dim=-1) for log_probs in self._log_probs]
-        columns = actions.long().reshape(len(output), -1).unbind(dim=1)
-        self._actions = [column.unsqueeze(-1) for column in columns]
-        chosen = [lp.gather(-1, a).squeeze(-1) for lp, a in zip(self._log_probs, self._actions, strict=True)]
-        entropies = [-(lp * p).sum(-1) for lp, p in zip(self._log_probs, self._probs, strict=True)]
-        if len(self._sizes) == 1:
-            self.params = CategoricalParams(self._log_probs[0])
-            return chosen[0], entropies[0]
-        self.params = CategoricalParams(th.cat(self._log_probs, dim=1))
-        return th.stack(chosen, dim=1).sum(dim=1), th.stack(entropies, dim=1).sum(dim=1)
+        self.params = CategoricalParams(_cat(self._log_probs))
 
-    def kl(self, old: CategoricalParams) -> th.Tensor:
-        """:meth:`CategoricalParams.kl_divergence`, remembering what its gradient needs."""
-        self._old_probs = old.log_probs.exp()
+    def sample(self) -> np.ndarray:
+        """As many draws as there are distributions."""
+        draws = [th.multinomial(log_probs.softmax(dim=-1), 1, replacement=True) for log_probs in self._log_probs]
+        actions: np.ndarray = _cat(draws).numpy()
+        return actions[:, 0] if len(draws) == 1 else actions
+
+    def log_prob(self, actions: np.ndarray) -> np.ndarray:
+        """Ln p(a), summed over the distributions."""
+        self._rows = np.arange(len(actions))
+        self._actions = actions.astype(np.int64).reshape(len(actions), -1).T
+        chosen = [lp.numpy()[self._rows, a] for lp, a in zip(self._log_probs, self._actions, strict=True)]
+        return chosen[0] if len(chosen) == 1 else _sum(np.stack(chosen, axis=1), axis=1)
+
+    def entropy(self, params: Sequence[CategoricalParams]) -> th.Tensor:  # type: ignore[override]
+        """- sum p ln p, summed over the distributions."""
+        log_probs = th.split(th.stack([of_minibatch.log_probs for of_minibatch in params]), self._sizes, dim=-1)
+        entropies = [-(lp * lp.softmax(dim=-1)).sum(dim=-1) for lp in log_probs]
+        return entropies[0] if len(entropies) == 1 else th.stack(entropies, dim=-1).sum(dim=-1)
+
+    def kl(self, old: CategoricalParams) -> th.Tensor:  # type: ignore[override]
+        """The distributions' KL, remembering what its gradient needs."""
+        self._old_probs = old.log_probs.exp().numpy()
         return old.kl_divergence(self.params)
 
-    def backward(self, d_log_prob: th.Tensor, d_entropy: th.Tensor | None, d_kl: th.Tensor | None) -> th.Tensor:
-        """
-        The gradient at the logits.
-
-        :param d_log_prob: gradient of the loss at each log-probability, shape (b,)
-        :param d_entropy: at each entropy, shape (), ``None`` for 0
-        :param d_kl: at each KL, shape (), ``None`` for 0
-        :return: shape (b, sum of sizes)
-        """
+    def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
+        """The gradient at the logits."""
         grads = []
-        d_kls: Any = None if d_kl is None else th.split(-(d_kl * self._old_probs), self._sizes, dim=1)
-        for index, (log_probs, probs) in enumerate(zip(self._log_probs, self._probs, strict=True)):
+        splits = np.cumsum(self._sizes)[:-1]
+        d_kls = None if d_kl is None else np.split(-(d_kl * self._old_probs), splits, axis=1)
+        for index, log_probs in enumerate(self._log_probs):
             d_log_probs = [] if d_kls is None else [d_kls[index]]
             if d_entropy is not None:
-                d_product = (-d_entropy).expand_as(probs)
-                d_log_probs += [
-                    th._softmax_backward_data(d_product * log_probs, probs, -1, probs.dtype),
-                    d_product * probs,
-                ]
-            d_log_probs.append(th.zeros_like(log_probs).scatter_(1, self._actions[index], d_log_prob.unsqueeze(1)))
-            d_normalized = functools.reduce(th.add, d_log_probs)
-            d_lse = (-d_normalized).sum(dim=-1, keepdim=True)
-            grads.append(d_normalized + d_lse * (self._logits[index] - self._lse[index]).exp())
-        return grads[0] if len(grads) == 1 else th.cat(grads, dim=1)
+                probs = log_probs.softmax(dim=-1)
+                d_product = -d_entropy
+                through_probs = th._softmax_backward_data(log_probs * d_product, probs, -1, probs.dtype)
+                d_log_probs += [through_probs.numpy(), d_product * probs.numpy()]
+            d_chosen: np.ndarray = np.zeros_like(log_probs.numpy())
+            d_chosen[self._rows, self._actions[index]] = d_log_prob
+            d_normalized = _add_up([*d_log_probs, d_chosen])
+            d_lse = _sum(-d_normalized, axis=-1)[:, None]
+            through_lse = d_lse * (self._logits[index] - self._lse[index]).exp().numpy()
+            grads.append(th.from_numpy(d_normalized + through_lse))
+        return _cat(grads)
+
+
+class BernoulliHead(Head):
+    """Independent Bernoulli distributions."""
+
+    params: BernoulliParams
+
+    def forward(self, output: th.Tensor) -> None:
+        """The outputs are logits l; p = sigmoid(l)."""
+        self._logits, self._probs = output, output.sigmoid()
+        self.params = BernoulliParams(output)
+
+    def sample(self) -> np.ndarray:
+        """One draw each."""
+        actions: np.ndarray = th.bernoulli(self._probs).numpy()
+        return actions
+
+    def log_prob(self, actions: np.ndarray) -> np.ndarray:
+        """A l - ln(1 + e^l), summed over the distributions."""
+        self._actions = actions
+        cross_entropy: th.Tensor = ATEN_BCE(self._logits, th.from_numpy(actions), None, None, 0)
+        log_prob: np.ndarray = (-cross_entropy).sum(dim=1).numpy()
+        return log_prob
+
+    def entropy(self, params: Sequence[BernoulliParams]) -> th.Tensor:  # type: ignore[override]
+        """Ln(1 + e^l) - p l, summed over the distributions."""
+        # One by one: the last bit of torch's sigmoid depends on where in memory a number stands.
+        logits = [of_minibatch.logits for of_minibatch in params]
+        return th.stack([ATEN_BCE(l, l.sigmoid(), None, None, 0).sum(dim=1) for l in logits])
+
+    def kl(self, old: BernoulliParams) -> th.Tensor:  # type: ignore[override]
+        """The distributions' KL, remembering what its gradient needs."""
+        self._old_probs = old.logits.sigmoid()
+        return old.kl_divergence(self.params)
+
+    def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
+        """The gradient at the logits."""
+        probs, logits = self._probs.numpy(), self._logits
+        d_logits = []
+        if d_kl is not None:
+            d_each = th.full_like(logits, d_kl)
+            d_softplus = th.ops.aten.softplus_backward.default(d_each, logits, 1, 20)
+            d_logits += [d_softplus.numpy(), -(d_kl * self._old_probs.numpy())]
+        if d_entropy is not None:
+            d_probs = (-logits).numpy() * d_entropy
+            d_logits += [
+                (probs - probs) * d_entropy,
+                th.ops.aten.sigmoid_backward.default(th.from_numpy(d_probs), self._probs).numpy(),
+            ]
+        d_logits.append((probs - self._actions) * -d_log_prob[:, None])
+        return th.from_numpy(_add_up(d_logits))
+
+
+def make_head(distribution: Distribution, tensors: dict[str, th.Tensor], log_std_grad: th.Tensor | None = None) -> Head:
+    """
+    The head that stands in for an SB3 distribution.
+
+    :param distribution: of the policy
+    :param tensors: the policy's parameters by name
+    :param log_std_grad: where the gradient at ``log_std`` is written
+    """
+    if isinstance(distribution, DiagGaussianDistribution):
+        return GaussianHead(tensors["log_std"].detach(), log_std_grad)
+    if isinstance(distribution, BernoulliDistribution):
+        return BernoulliHead()
+    if isinstance(distribution, MultiCategoricalDistribution):
+        return CategoricalHead([int(size) for size in distribution.action_dims])
+    assert isinstance(distribution, CategoricalDistribution)
+    return CategoricalHead([distribution.action_dim])
+
+
+ATEN_BCE: Callable[..., th.Tensor] = th.ops.aten.binary_cross_entropy_with_logits.default
+
+
+def _sum(array: np.ndarray, axis: int) -> np.ndarray:
+    """A sum over an axis, in torch's order."""
+    result: np.ndarray = th.from_numpy(array).sum(dim=axis).numpy()
+    return result
+
+
+def _add_up(terms: list[np.ndarray]) -> np.ndarray:
+    """A sum from left to right."""
+    return functools.reduce(np.add, terms)
+
+
+def _cat(tensors: Sequence[th.Tensor]) -> th.Tensor:
+    return tensors[0] if len(tensors) == 1 else th.cat(list(tensors), dim=1)

@@ -1,0 +1,132 @@
+"""What every engine does: gradient steps on minibatches of one rollout."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_variants.kl import DistributionParams
+from sb3_ppo_variants.losses import Coefficients, Evaluation, Metrics, Samples
+from sb3_ppo_variants.rollout import Minibatch
+from sb3_ppo_variants.trust_region import TrustRegion
+
+SelfEngine = TypeVar("SelfEngine", bound="Engine")
+
+
+class LazyMetrics(NamedTuple):
+    """
+    What the metrics of a minibatch can be told from: of many at once in a fraction of the time.
+
+    :param new: the current policy's view of the minibatch, without its entropy
+    :param old: the rollout's view of it, advantages as the loss takes them
+    :param params: the action distributions' parameters
+    :param measure: the metrics, each of shape (m,), of ``m`` minibatches of equal size
+    """
+
+    new: Evaluation
+    old: Samples
+    params: DistributionParams
+    measure: Callable[[Sequence["LazyMetrics"]], Metrics]
+
+
+class Forward(NamedTuple):
+    """
+    What a minibatch of ``b`` samples shows of the current policy, all detached.
+
+    :param log_ratio: ln pi_new(a|s) - ln pi_old(a|s), shape (b,)
+    :param params: the action distributions' parameters, ``None`` if they are not known
+    :param metrics: the losses and what else is logged, each of shape (); or an evaluation that tells them later
+    """
+
+    log_ratio: th.Tensor
+    params: DistributionParams | None
+    metrics: Metrics | LazyMetrics
+
+
+class Engine(ABC):
+    """
+    Takes gradient steps on minibatches: :meth:`forward`, :meth:`backward`, :meth:`step`, in this order.
+
+    :param policy: the policy that is updated
+    :param buffer: the full rollout buffer
+    :param action_space: of the environment
+    :param coefs: the coefficients in effect
+    :param max_grad_norm: gradients are scaled down to this norm
+    :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        buffer: RolloutBuffer,
+        action_space: spaces.Space[Any],
+        coefs: Coefficients,
+        max_grad_norm: float,
+        trust_region: TrustRegion | None,
+    ) -> None:
+        self._policy = policy
+        self._buffer = buffer
+        self._action_space = action_space
+        self._coefs = coefs
+        self._max_grad_norm = max_grad_norm
+        self._trust_region = trust_region
+
+    @classmethod
+    def taking_over(cls: type[SelfEngine], engine: "Engine") -> SelfEngine:
+        """
+        An engine of this kind that goes on where another one has stopped.
+
+        :param engine: the other one, whose state has been published
+        """
+        return cls(
+            engine._policy,
+            engine._buffer,
+            engine._action_space,
+            engine._coefs,
+            engine._max_grad_norm,
+            engine._trust_region,
+        )
+
+    @abstractmethod
+    def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
+        """One pass over the rollout, in random order: SB3's permutation."""
+
+    @abstractmethod
+    def forward(self, minibatch: Minibatch) -> Forward:
+        """The loss of the current policy on a minibatch."""
+
+    @abstractmethod
+    def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
+        """
+        The value loss alone on a minibatch; the gradient step that follows is the critic's alone.
+
+        :param vf_coef: its weight
+        """
+
+    @abstractmethod
+    def backward(self) -> Metrics:
+        """
+        The gradient of the latest loss, clipped in norm; that of whatever the loss doesn't depend on is ``None``.
+
+        :return: the gradient's norm before clipping
+        """
+
+    @abstractmethod
+    def step(self, optimizer: th.optim.Optimizer | None = None) -> None:
+        """
+        Apply the gradient.
+
+        :param optimizer: that applies it; ``None`` for the policy's
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Write parameters, gradients and the optimisers' state into the policy and its optimisers."""
+
+    @abstractmethod
+    def fetch(self) -> bool:
+        """Take over what somebody may have changed there; ``False`` if this engine can't go on with it."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.engines.heads import make_head
-from sb3_ppo_variants.engines.network import layer_names, network, policy_inputs
+from sb3_ppo_variants.engines.network import Networks, actor_and_critic, policy_inputs
 from sb3_ppo_variants.engines.reasons import HOOKS
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class LeanPolicy:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         parameters: dict[str, th.Tensor] = dict(policy.named_parameters())
         self._policy = policy
-        self._actor = network(layer_names(policy, "policy_net", "action_net"), parameters)
-        self._critic = network(layer_names(policy, "value_net", "value_net"), parameters)
+        self._networks = Networks(actor_and_critic(policy, parameters))
         self._head = make_head(policy.action_dist, parameters)
         modules = [vars(module) for module in policy.modules()]
         contents = [module[kind] for module in modules for kind in ("_parameters", "_modules")]
@@ -53,12 +52,14 @@ class LeanPolicy:
         :param observations: of the environments, shape (n_envs, *obs_shape)
         :return: of shapes (n_envs, *action_shape), (n_envs, 1), (n_envs,)
         """
-        with th.inference_mode():
-            features = policy_inputs(self._policy, observations)
-            self._head.forward(self._actor.forward(features))
+        inputs = self._networks.inputs(len(observations))
+        with th.inference_mode(), np.errstate(all="ignore"):
+            inputs.copy_(policy_inputs(self._policy, observations))
+            output, values = self._networks.forward()
+            self._head.forward(output)
             actions = self._head.sample()
             log_probs = self._head.log_prob(actions)
-            values = self._critic.forward(features).numpy()
+            values = values.numpy()
         if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
             with th.no_grad():
                 self._policy(observations)

@@ -14,6 +14,9 @@ from sb3_ppo_variants.trust_region import Displacement, TrustRegion
 MAX_PENDING = 2**18
 """Numbers in the distributions' parameters that are kept until their KL is evaluated."""
 
+MAX_UNMEASURED = 2**16
+"""Samples of minibatches whose metrics are still to be measured."""
+
 
 class _Record(NamedTuple):
     """A metric on consecutive minibatches of one epoch: shape (), or (m,) on ``m`` of them."""
@@ -41,8 +44,6 @@ class UpdateStats:
     """Steps of the policy's optimiser."""
     minibatch: Minibatch
     """The latest minibatch: its samples and their indices in the flattened rollout."""
-    log_ratio: th.Tensor
-    """ln pi_new(a|s) - ln pi_old(a|s) of the latest minibatch, shape (b,)."""
     displacement: Displacement | None
     """How far the whole update has moved the policy; set before ``_on_update_end``, ``None`` if it is not known."""
 
@@ -56,7 +57,7 @@ class UpdateStats:
         self._trust_region = trust_region
         self._history: dict[str, list[_Record]] = {}
         self._keep_kls = keep_kls
-        self._params: DistributionParams | None = None
+        self._forward: Forward
         self._kls: list[tuple[int, th.Tensor]] = []
         # The exact KL costs several small operations: evaluated over many minibatches at once.
         self._pending: list[tuple[int, th.Tensor, DistributionParams]] = []
@@ -73,16 +74,13 @@ class UpdateStats:
         :param forward: what it shows of the current policy
         """
         self.minibatch = minibatch
-        self.log_ratio, self._params, metrics = forward
-        if self._keep_kls and self._params is not None and minibatch.indices is not None:
-            self._pending.append((self.epochs_completed, minibatch.indices, self._params))
-            self._n_pending += self._params.tensors()[0].numel()
-            if self._n_pending > MAX_PENDING:
-                self._minibatch_kls()
-        if isinstance(metrics, LazyMetrics):
-            self._add_lazily(metrics)
+        self._forward = forward
+        if self._keep_kls:
+            self._keep_for_kl(minibatch, forward.params())
+        if isinstance(forward.metrics, LazyMetrics):
+            self._add_lazily(forward.metrics)
         else:
-            self.add(metrics)
+            self.add(forward.metrics)
 
     def add(self, metrics: Metrics) -> None:
         """Append metrics of the latest minibatch, each of shape ()."""
@@ -90,10 +88,11 @@ class UpdateStats:
             self._history.setdefault(name, []).append(_Record(self.epochs_completed, metric))
 
     def _add_lazily(self, metrics: LazyMetrics) -> None:
-        if self._unmeasured and not (
+        n_unmeasured = len(self._unmeasured)
+        if n_unmeasured and not (
             self._unmeasured_epoch == self.epochs_completed
-            and self._unmeasured[0].new.log_prob.shape == metrics.new.log_prob.shape
-            and len(self._unmeasured) * metrics.params.tensors()[0].numel() < MAX_PENDING
+            and self._unmeasured[0].n_samples == metrics.n_samples
+            and n_unmeasured * metrics.n_samples < MAX_UNMEASURED
         ):
             self._measure_metrics()
         self._unmeasured.append(metrics)
@@ -102,10 +101,17 @@ class UpdateStats:
     def _measure_metrics(self) -> None:
         """Fill in the metrics of the minibatches that have left them out."""
         if self._unmeasured:
-            metrics = self._unmeasured[0].measure(self._unmeasured)
+            metrics = self._unmeasured[0].measure([lazily.evidence for lazily in self._unmeasured])
             self._unmeasured = []
             for name, values in metrics.items():
                 self._history.setdefault(name, []).append(_Record(self._unmeasured_epoch, values))
+
+    def _keep_for_kl(self, minibatch: Minibatch, params: DistributionParams | None) -> None:
+        if params is not None and minibatch.indices is not None:
+            self._pending.append((self.epochs_completed, minibatch.indices, params))
+            self._n_pending += params.tensors()[0].numel()
+            if self._n_pending > MAX_PENDING:
+                self._minibatch_kls()
 
     def stop_policy(self) -> None:
         """End the policy's part of this update; the critic's minibatches go on to the last epoch."""
@@ -123,11 +129,17 @@ class UpdateStats:
             self.stop()
 
     @property
+    def log_ratio(self) -> th.Tensor:
+        """Ln pi_new(a|s) - ln pi_old(a|s) of the latest minibatch, shape (b,)."""
+        return th.as_tensor(self._forward.log_ratio)
+
+    @property
     def kl(self) -> th.Tensor | None:
         """Exact KL(old || new) of the latest minibatch, shape (b,), in nats; ``None`` if it is not known."""
-        if self._trust_region is None or self._params is None or self.minibatch.indices is None:
+        params = self._forward.params()
+        if self._trust_region is None or params is None or self.minibatch.indices is None:
             return None
-        return self._trust_region.kl(self.minibatch.indices, self._params)
+        return self._trust_region.kl(self.minibatch.indices, params)
 
     def kl_series(self) -> np.ndarray:
         """Exact KL(old || new) of every minibatch so far, averaged over its samples, in nats; empty if it is not known."""

@@ -39,7 +39,8 @@ class EagerEngine(Engine):
         self._differentiated = None
         self._loss, metrics = ppo_loss(Evaluation(values.flatten(), log_prob, entropy, kl), _samples(minibatch), self._coefs)
         log_ratio = log_prob.detach() - minibatch.samples.old_log_prob
-        return Forward(log_ratio, None if params is None else params.map(th.Tensor.detach), metrics)
+        detached = None if params is None else params.map(th.Tensor.detach)
+        return Forward(log_ratio, lambda: detached, metrics)
 
     def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
         """The value loss, for a gradient at the critic's own parameters."""

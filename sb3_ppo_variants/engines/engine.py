@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_variants.kl import DistributionParams
-from sb3_ppo_variants.losses import Coefficients, Evaluation, Metrics, Samples
+from sb3_ppo_variants.losses import Coefficients, Metrics
 from sb3_ppo_variants.rollout import Minibatch
 from sb3_ppo_variants.trust_region import TrustRegion
 
@@ -21,16 +22,14 @@ class LazyMetrics(NamedTuple):
     """
     What the metrics of a minibatch can be told from: of many at once in a fraction of the time.
 
-    :param new: the current policy's view of the minibatch, without its entropy
-    :param old: the rollout's view of it, advantages as the loss takes them
-    :param params: the action distributions' parameters
-    :param measure: the metrics, each of shape (m,), of ``m`` minibatches of equal size
+    :param n_samples: in the minibatch
+    :param evidence: what ``measure`` goes by
+    :param measure: the metrics, each of shape (m,), of ``m`` consecutive minibatches of equal size
     """
 
-    new: Evaluation
-    old: Samples
-    params: DistributionParams
-    measure: Callable[[Sequence["LazyMetrics"]], Metrics]
+    n_samples: int
+    evidence: Any
+    measure: Callable[[Sequence[Any]], Metrics]
 
 
 class Forward(NamedTuple):
@@ -38,12 +37,12 @@ class Forward(NamedTuple):
     What a minibatch of ``b`` samples shows of the current policy, all detached.
 
     :param log_ratio: ln pi_new(a|s) - ln pi_old(a|s), shape (b,)
-    :param params: the action distributions' parameters, ``None`` if they are not known
-    :param metrics: the losses and what else is logged, each of shape (); or an evaluation that tells them later
+    :param params: tells the action distributions' parameters until the next forward pass, ``None`` if they are not known
+    :param metrics: the losses and what else is logged, each of shape (); or what tells them later
     """
 
-    log_ratio: th.Tensor
-    params: DistributionParams | None
+    log_ratio: th.Tensor | np.ndarray
+    params: Callable[[], DistributionParams | None]
     metrics: Metrics | LazyMetrics
 
 

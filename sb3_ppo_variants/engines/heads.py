@@ -11,7 +11,7 @@ then entropy, then log-probability.
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch as th
@@ -32,8 +32,8 @@ ENTROPY_OF_UNIT_GAUSSIAN = 0.5 + 0.5 * math.log(2 * math.pi)
 class Head(ABC):
     """The action distributions that a network's outputs stand for; each method speaks of the latest :meth:`forward`."""
 
-    params: DistributionParams
-    """Of the distributions."""
+    dispersion: th.Tensor
+    """What the entropy depends on."""
 
     @abstractmethod
     def forward(self, output: th.Tensor) -> None:
@@ -44,6 +44,10 @@ class Head(ABC):
         """
 
     @abstractmethod
+    def params(self) -> DistributionParams:
+        """The distributions' parameters."""
+
+    @abstractmethod
     def sample(self) -> np.ndarray:
         """Actions, as SB3's distributions draw them, shape (b, action_dim), without the last axis for Discrete."""
 
@@ -52,7 +56,7 @@ class Head(ABC):
         """
         The log-probabilities of actions.
 
-        :param actions: as the rollout buffer keeps them, shape (b, action_dim)
+        :param actions: as drawn, or as the rollout buffer keeps them, shape (b, action_dim)
         :return: shape (b,)
         """
 
@@ -72,11 +76,12 @@ class Head(ABC):
         """
 
     @abstractmethod
-    def entropy(self, params: Sequence[DistributionParams]) -> th.Tensor:
+    def entropy(self, dispersions: Sequence[th.Tensor], n_samples: int) -> th.Tensor:
         """
-        The entropies of the distributions of ``m`` minibatches of size ``b``.
+        The entropies of the distributions of ``m`` minibatches.
 
-        :param params: of each minibatch
+        :param dispersions: of each minibatch
+        :param n_samples: b, of each minibatch
         :return: shape (m, b)
         """
 
@@ -96,48 +101,54 @@ class GaussianHead(Head):
     def forward(self, output: th.Tensor) -> None:
         """Mu is the output, sigma the parameter's exponential."""
         sigma = self._log_std.exp()
-        self.params = GaussianParams(output, sigma.expand_as(output))
-        self._mean, self._sigma, self._log_sigma = output.numpy(), sigma.numpy(), sigma.log().numpy()
+        self.dispersion = sigma.log()
+        self._mean, self._sigma, self._log_sigma = output.numpy(), sigma.numpy(), self.dispersion.numpy()
+        self._var = self._sigma * self._sigma
+
+    def params(self) -> GaussianParams:
+        """Mu, and sigma for each state."""
+        sigma = np.broadcast_to(self._sigma, self._mean.shape)
+        return GaussianParams(th.from_numpy(self._mean), th.from_numpy(sigma.copy()))
 
     def sample(self) -> np.ndarray:
         """Mu + epsilon sigma, epsilon ~ N(0, 1)."""
         epsilon: np.ndarray = th.empty(self._mean.shape).normal_().numpy()
-        return self._mean + epsilon * self._sigma
+        actions: np.ndarray = self._mean + epsilon * self._sigma
+        return actions
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:
-        """-(a - mu)^2 / 2 sigma^2 - ln sigma - ln sqrt(2 pi), summed over the action's dimensions."""
+        """-((a - mu)^2 / 2 sigma^2 + ln sigma + ln sqrt(2 pi)), summed over the action's dimensions."""
         self._shift = actions - self._mean
-        self._two_var = 2 * (self._sigma * self._sigma)
-        self._quotient = -(self._shift * self._shift) / self._two_var
-        return _sum(self._quotient - self._log_sigma - LOG_SQRT_2PI, axis=1)
+        self._half_square = (self._shift * self._shift) / (2 * self._var)
+        return -_sum(self._half_square + self._log_sigma + LOG_SQRT_2PI, axis=1)
 
-    def entropy(self, params: Sequence[GaussianParams]) -> th.Tensor:  # type: ignore[override]
+    def entropy(self, dispersions: Sequence[th.Tensor], n_samples: int) -> th.Tensor:
         """1/2 + ln sqrt(2 pi) + ln sigma, summed over the action's dimensions: the same for all states."""
-        sigma = th.stack([of_minibatch.std[0] for of_minibatch in params])
-        return (ENTROPY_OF_UNIT_GAUSSIAN + sigma.log()).sum(dim=1, keepdim=True).repeat(1, len(params[0].mean))
+        entropies = (ENTROPY_OF_UNIT_GAUSSIAN + th.stack(list(dispersions))).sum(dim=1, keepdim=True)
+        return entropies.repeat(1, n_samples)
 
-    def kl(self, old: GaussianParams) -> th.Tensor:  # type: ignore[override]
+    def kl(self, old: DistributionParams) -> th.Tensor:
         """The Gaussians' KL, remembering what its gradient needs."""
+        assert isinstance(old, GaussianParams)
         self._std_ratio = old.std.numpy() / self._sigma
         self._standardized_shift = (old.mean.numpy() - self._mean) / self._sigma
-        return old.kl_divergence(self.params)
+        return old.kl_divergence(self.params())
 
     def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
-        """The gradient at mu; the one at ln sigma is written."""
-        d_each = d_log_prob[:, None]
-        d_mean = (d_each / self._two_var) * (2 * self._shift)
+        """The gradient at mu; the one at ln sigma is written. Signs and powers of two stand where they cost least."""
+        d_each, sigma = d_log_prob[:, None], self._sigma
+        d_mean = (d_each / self._var) * self._shift
         d_sigma = []
         if d_kl is not None:
             d_half = d_kl * np.float32(0.5)
             d_shift = d_half * (2 * self._standardized_shift)
             d_ratio = (-d_half / (self._std_ratio * self._std_ratio) + d_half) * (2 * self._std_ratio)
-            d_mean = -(d_shift / self._sigma) + d_mean
-            d_sigma += [-d_shift * (self._standardized_shift / self._sigma), -d_ratio * (self._std_ratio / self._sigma)]
+            d_mean = d_mean - d_shift / sigma
+            d_sigma += [-d_shift * (self._standardized_shift / sigma), -d_ratio * (self._std_ratio / sigma)]
         if d_entropy is not None:
-            d_sigma.append(d_entropy / self._sigma)
-        d_sigma.append(-d_each / self._sigma)
-        d_sigma.append((-d_each * (self._quotient / self._two_var) * 2) * (2 * self._sigma))
-        th.mul(th.from_numpy(_add_up(d_sigma)).sum(dim=0), th.from_numpy(self._sigma), out=self._log_std_grad)
+            d_sigma.append(d_entropy / sigma)
+        d_sigma += [-(d_each / sigma), (d_each * (self._half_square / (2 * self._var))) * (4 * sigma)]
+        th.mul(th.from_numpy(_add_up(d_sigma)).sum(dim=0), th.from_numpy(sigma), out=self._log_std_grad)
         return th.from_numpy(d_mean)
 
 
@@ -148,17 +159,19 @@ class CategoricalHead(Head):
     :param sizes: numbers of actions, one a distribution
     """
 
-    params: CategoricalParams
-
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
+        self._splits = np.cumsum(sizes)[:-1]
 
     def forward(self, output: th.Tensor) -> None:
         """The outputs are logits l, side by side; ln p = l - ln sum exp l."""
-        self._logits = th.split(output, self._sizes, dim=1)
-        self._lse = [logits.logsumexp(dim=-1, keepdim=True) for logits in self._logits]
-        self._log_probs = [logits - lse for logits, lse in zip(self._logits, self._lse, strict=True)]
-        self.params = CategoricalParams(_cat(self._log_probs))
+        self._logits = [output] if len(self._sizes) == 1 else list(th.split(output, self._sizes, dim=1))
+        self._log_probs = [logits - logits.logsumexp(dim=-1, keepdim=True) for logits in self._logits]
+        self.dispersion = _cat(self._log_probs)
+
+    def params(self) -> CategoricalParams:
+        """All ln p."""
+        return CategoricalParams(self.dispersion)
 
     def sample(self) -> np.ndarray:
         """As many draws as there are distributions."""
@@ -173,47 +186,48 @@ class CategoricalHead(Head):
         chosen = [lp.numpy()[self._rows, a] for lp, a in zip(self._log_probs, self._actions, strict=True)]
         return chosen[0] if len(chosen) == 1 else _sum(np.stack(chosen, axis=1), axis=1)
 
-    def entropy(self, params: Sequence[CategoricalParams]) -> th.Tensor:  # type: ignore[override]
+    def entropy(self, dispersions: Sequence[th.Tensor], n_samples: int) -> th.Tensor:
         """- sum p ln p, summed over the distributions."""
-        log_probs = th.split(th.stack([of_minibatch.log_probs for of_minibatch in params]), self._sizes, dim=-1)
+        log_probs = th.stack(list(dispersions)).split(self._sizes, dim=-1)  # type: ignore[no-untyped-call]
         entropies = [-(lp * lp.softmax(dim=-1)).sum(dim=-1) for lp in log_probs]
         return entropies[0] if len(entropies) == 1 else th.stack(entropies, dim=-1).sum(dim=-1)
 
-    def kl(self, old: CategoricalParams) -> th.Tensor:  # type: ignore[override]
+    def kl(self, old: DistributionParams) -> th.Tensor:
         """The distributions' KL, remembering what its gradient needs."""
+        assert isinstance(old, CategoricalParams)
         self._old_probs = old.log_probs.exp().numpy()
-        return old.kl_divergence(self.params)
+        return old.kl_divergence(self.params())
 
     def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
         """The gradient at the logits."""
         grads = []
-        splits = np.cumsum(self._sizes)[:-1]
-        d_kls = None if d_kl is None else np.split(-(d_kl * self._old_probs), splits, axis=1)
+        d_kls = None if d_kl is None else np.split(-(d_kl * self._old_probs), self._splits, axis=1)
         for index, log_probs in enumerate(self._log_probs):
             d_log_probs = [] if d_kls is None else [d_kls[index]]
             if d_entropy is not None:
                 probs = log_probs.softmax(dim=-1)
                 d_product = -d_entropy
-                through_probs = th._softmax_backward_data(log_probs * d_product, probs, -1, probs.dtype)
+                d_probs = th.from_numpy(d_product * log_probs.numpy())
+                through_probs = th._softmax_backward_data(d_probs, probs, -1, probs.dtype)
                 d_log_probs += [through_probs.numpy(), d_product * probs.numpy()]
-            d_chosen: np.ndarray = np.zeros_like(log_probs.numpy())
+            d_chosen = np.zeros(log_probs.shape, dtype=np.float32)
             d_chosen[self._rows, self._actions[index]] = d_log_prob
             d_normalized = _add_up([*d_log_probs, d_chosen])
             d_lse = _sum(-d_normalized, axis=-1)[:, None]
-            through_lse = d_lse * (self._logits[index] - self._lse[index]).exp().numpy()
-            grads.append(th.from_numpy(d_normalized + through_lse))
+            grads.append(th.from_numpy(d_normalized + d_lse * log_probs.exp().numpy()))
         return _cat(grads)
 
 
 class BernoulliHead(Head):
     """Independent Bernoulli distributions."""
 
-    params: BernoulliParams
-
     def forward(self, output: th.Tensor) -> None:
         """The outputs are logits l; p = sigmoid(l)."""
-        self._logits, self._probs = output, output.sigmoid()
-        self.params = BernoulliParams(output)
+        self.dispersion, self._probs = output, output.sigmoid()
+
+    def params(self) -> BernoulliParams:
+        """All l."""
+        return BernoulliParams(self.dispersion)
 
     def sample(self) -> np.ndarray:
         """One draw each."""
@@ -221,37 +235,31 @@ class BernoulliHead(Head):
         return actions
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:
-        """A l - ln(1 + e^l), summed over the distributions."""
+        """-(ln(1 + e^l) - a l), summed over the distributions."""
         self._actions = actions
-        cross_entropy: th.Tensor = ATEN_BCE(self._logits, th.from_numpy(actions), None, None, 0)
-        log_prob: np.ndarray = (-cross_entropy).sum(dim=1).numpy()
-        return log_prob
+        return -_sum(_cross_entropy(self.dispersion, th.from_numpy(actions)).numpy(), axis=1)
 
-    def entropy(self, params: Sequence[BernoulliParams]) -> th.Tensor:  # type: ignore[override]
+    def entropy(self, dispersions: Sequence[th.Tensor], n_samples: int) -> th.Tensor:
         """Ln(1 + e^l) - p l, summed over the distributions."""
         # One by one: the last bit of torch's sigmoid depends on where in memory a number stands.
-        logits = [of_minibatch.logits for of_minibatch in params]
-        return th.stack([ATEN_BCE(l, l.sigmoid(), None, None, 0).sum(dim=1) for l in logits])
+        return th.stack([_cross_entropy(logits, logits.sigmoid()).sum(dim=1) for logits in dispersions])
 
-    def kl(self, old: BernoulliParams) -> th.Tensor:  # type: ignore[override]
+    def kl(self, old: DistributionParams) -> th.Tensor:
         """The distributions' KL, remembering what its gradient needs."""
-        self._old_probs = old.logits.sigmoid()
-        return old.kl_divergence(self.params)
+        assert isinstance(old, BernoulliParams)
+        self._old_probs = old.logits.sigmoid().numpy()
+        return old.kl_divergence(self.params())
 
     def backward(self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None) -> th.Tensor:
         """The gradient at the logits."""
-        probs, logits = self._probs.numpy(), self._logits
+        logits, probs = self.dispersion, self._probs.numpy()
         d_logits = []
         if d_kl is not None:
-            d_each = th.full_like(logits, d_kl)
-            d_softplus = th.ops.aten.softplus_backward.default(d_each, logits, 1, 20)
-            d_logits += [d_softplus.numpy(), -(d_kl * self._old_probs.numpy())]
+            d_softplus = th.ops.aten.softplus_backward.default(th.full_like(logits, d_kl.item()), logits, 1, 20)
+            d_logits += [d_softplus.numpy(), -(d_kl * self._old_probs)]
         if d_entropy is not None:
-            d_probs = (-logits).numpy() * d_entropy
-            d_logits += [
-                (probs - probs) * d_entropy,
-                th.ops.aten.sigmoid_backward.default(th.from_numpy(d_probs), self._probs).numpy(),
-            ]
+            d_probs = th.from_numpy((-logits).numpy() * d_entropy)
+            d_logits.append(th.ops.aten.sigmoid_backward.default(d_probs, self._probs).numpy())
         d_logits.append((probs - self._actions) * -d_log_prob[:, None])
         return th.from_numpy(_add_up(d_logits))
 
@@ -274,7 +282,8 @@ def make_head(distribution: Distribution, tensors: dict[str, th.Tensor], log_std
     return CategoricalHead([distribution.action_dim])
 
 
-ATEN_BCE: Callable[..., th.Tensor] = th.ops.aten.binary_cross_entropy_with_logits.default
+def _cross_entropy(logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    return th.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
 def _sum(array: np.ndarray, axis: int) -> np.ndarray:

@@ -1,7 +1,12 @@
-"""Multi-layer perceptrons with their gradients, operation by operation as autograd would run them."""
+"""
+Actor and critic as multi-layer perceptrons, with their gradients, operation by operation as autograd would run them.
 
-from collections.abc import Callable
-from typing import NamedTuple
+Both run side by side, layer by layer, in memory of their own that serves every minibatch: where their layers are equally
+wide, one operation applies the activation function to both, or adds up the gradients of both biases.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -15,58 +20,82 @@ class Activation(NamedTuple):
     """
     An activation function y = f(x).
 
-    :param forward: y from x
-    :param backward: the gradient at x from the gradient at y, from x and from y
+    :param forward: writes y, from x
+    :param backward: writes the gradient at x, from the gradient at y, and from x, or from y if it is ``in_place``
+    :param in_place: whether y may be written over x
+    :param anywhere: whether its bits don't depend on where in memory a number stands, so that tensors may be joined
     """
 
-    forward: Callable[[th.Tensor], th.Tensor]
-    backward: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+    forward: Callable[[th.Tensor, th.Tensor], Any]
+    backward: Callable[[th.Tensor, th.Tensor], Any]
+    in_place: bool = False
+    anywhere: bool = False
 
 
 def activation(module: nn.Module) -> Activation | None:
     """A module's function, ``None`` if it is none of those known; a subclass is a user's own."""
     settings = vars(module)
-    if settings.get("inplace"):
-        return None
     known: dict[type[nn.Module], Callable[[], Activation]] = {
-        nn.Tanh: lambda: Activation(th.tanh, lambda grad, x, y: ATEN.tanh_backward.default(grad, y)),
-        nn.Sigmoid: lambda: Activation(th.sigmoid, lambda grad, x, y: ATEN.sigmoid_backward.default(grad, y)),
-        nn.ReLU: lambda: Activation(th.relu, lambda grad, x, y: ATEN.threshold_backward.default(grad, y, 0)),
+        nn.Tanh: lambda: TANH,
+        nn.ReLU: lambda: RELU,
+        nn.Sigmoid: lambda: SIGMOID,
         nn.LeakyReLU: lambda: _leaky_relu(settings["negative_slope"]),
         nn.ELU: lambda: _elu(settings["alpha"]),
         nn.GELU: lambda: _gelu(settings["approximate"]),
-        nn.SiLU: lambda: Activation(ATEN.silu.default, lambda grad, x, y: ATEN.silu_backward.default(grad, x)),
+        nn.SiLU: lambda: SILU,
         nn.Softplus: lambda: _softplus(settings["beta"], settings["threshold"]),
-        nn.Identity: lambda: Activation(lambda x: x, lambda grad, x, y: grad),
     }
-    return known[type(module)]() if type(module) in known else None
+    return None if settings.get("inplace") or type(module) not in known else known[type(module)]()
+
+
+TANH = Activation(
+    lambda x, out: th.tanh(x, out=out),
+    lambda grad, y: ATEN.tanh_backward.grad_input(grad, y, grad_input=grad),
+    in_place=True,
+    anywhere=True,
+)
+RELU = Activation(
+    lambda x, out: th.clamp_min(x, 0, out=out),
+    lambda grad, y: ATEN.threshold_backward.grad_input(grad, y, 0, grad_input=grad),
+    in_place=True,
+    anywhere=True,
+)
+SIGMOID = Activation(
+    lambda x, out: th.sigmoid(x, out=out),
+    lambda grad, y: ATEN.sigmoid_backward.grad_input(grad, y, grad_input=grad),
+    in_place=True,
+)
+SILU = Activation(
+    lambda x, out: ATEN.silu.out(x, out=out),
+    lambda grad, x: ATEN.silu_backward.grad_input(grad, x, grad_input=grad),
+)
 
 
 def _leaky_relu(slope: float) -> Activation:
     return Activation(
-        lambda x: ATEN.leaky_relu.default(x, slope),
-        lambda grad, x, y: ATEN.leaky_relu_backward.default(grad, x, slope, False),
+        lambda x, out: ATEN.leaky_relu.out(x, slope, out=out),
+        lambda grad, x: ATEN.leaky_relu_backward.grad_input(grad, x, slope, False, grad_input=grad),
     )
 
 
 def _elu(alpha: float) -> Activation:
     return Activation(
-        lambda x: ATEN.elu.default(x, alpha),
-        lambda grad, x, y: ATEN.elu_backward.default(grad, alpha, 1, 1, False, x),
+        lambda x, out: ATEN.elu.out(x, alpha, out=out),
+        lambda grad, x: ATEN.elu_backward.grad_input(grad, alpha, 1, 1, False, x, grad_input=grad),
     )
 
 
 def _gelu(approximate: str) -> Activation:
     return Activation(
-        lambda x: ATEN.gelu.default(x, approximate=approximate),
-        lambda grad, x, y: ATEN.gelu_backward.default(grad, x, approximate=approximate),
+        lambda x, out: ATEN.gelu.out(x, approximate=approximate, out=out),
+        lambda grad, x: ATEN.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad),
     )
 
 
 def _softplus(beta: float, threshold: float) -> Activation:
     return Activation(
-        lambda x: ATEN.softplus.default(x, beta, threshold),
-        lambda grad, x, y: ATEN.softplus_backward.default(grad, x, beta, threshold),
+        lambda x, out: ATEN.softplus.out(x, beta, threshold, out=out),
+        lambda grad, x: ATEN.softplus_backward.grad_input(grad, x, beta, threshold, grad_input=grad),
     )
 
 
@@ -78,87 +107,178 @@ class Layer(NamedTuple):
     :param weight_t: a view of W^T
     :param bias: b, shape (n_out,)
     :param activation: f, ``None`` for the identity
+    :param weight_grad: where the gradient at W is written, if there is one
+    :param bias_grad: where the gradient at b is written, if there is one
     """
 
     weight: th.Tensor
     weight_t: th.Tensor
     bias: th.Tensor
     activation: Activation | None
+    weight_grad: th.Tensor | None
+    bias_grad: th.Tensor | None
 
 
-class Network:
+class _Output(NamedTuple):
+    """An output layer at work on ``b`` samples: its input, and the gradient there, ``None`` where none is needed."""
+
+    layer: Layer
+    x: th.Tensor
+    d_x: th.Tensor | None
+
+
+class _Affine(NamedTuple):
+    """A hidden layer at work: as :class:`_Output`, and its result, and the gradient there."""
+
+    layer: Layer
+    x: th.Tensor
+    d_x: th.Tensor | None
+    out: th.Tensor
+    d_out: th.Tensor
+    d_out_t: th.Tensor
+
+
+class _Block(NamedTuple):
+    """An activation function at work on the results of ``k`` equally wide layers, shape (k, b, n_out)."""
+
+    activation: Activation
+    x: th.Tensor
+    y: th.Tensor
+    d_y: th.Tensor
+    bias_grads: th.Tensor | None
+
+
+class _Level(NamedTuple):
+    """The hidden layers at one distance from the input."""
+
+    affines: list[_Affine]
+    blocks: list[_Block]
+
+
+class _Plan(NamedTuple):
+    """All layers at work on ``b`` samples."""
+
+    inputs: th.Tensor
+    levels: list[_Level]
+    outputs: list[_Output]
+
+
+class Networks:
     """
-    A stack of layers that remembers its latest forward pass.
+    Stacks of layers on one input, which remember their latest forward pass.
 
-    :param layers: from input to output
+    :param stacks: of layers, from input to output; the last one of each has no activation
+    :param flat_grad: of which all gradients are views, ``None`` if there are none
     """
 
-    def __init__(self, layers: list[Layer]) -> None:
-        self._layers = layers
-        self._inputs: list[th.Tensor] = []
-        self._outputs: list[tuple[th.Tensor, th.Tensor]] = []
+    def __init__(self, stacks: Sequence[list[Layer]], flat_grad: th.Tensor | None = None) -> None:
+        self._stacks = stacks
+        self._flat_grad = flat_grad
+        self._plans: dict[int, _Plan] = {}
+        self._plan: _Plan
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        The output for a batch.
+    def inputs(self, n_samples: int) -> th.Tensor:
+        """Where the inputs of the next :meth:`forward` are to be written, shape (n_samples, n_in)."""
+        if n_samples not in self._plans:
+            self._plans[n_samples] = self._make_plan(n_samples)
+        self._plan = self._plans[n_samples]
+        return self._plan.inputs
 
-        :param x: shape (b, n_in)
-        :return: shape (b, n_out)
-        """
-        self._inputs, self._outputs = [], []
-        for layer in self._layers:
-            self._inputs.append(x)
-            affine = th.addmm(layer.bias, x, layer.weight_t)
-            x = affine if layer.activation is None else layer.activation.forward(affine)
-            self._outputs.append((affine, x))
-        return x
+    def forward(self) -> list[th.Tensor]:
+        """The outputs, each of shape (n_samples, n_out)."""
+        _, levels, outputs = self._plan
+        for affines, blocks in levels:
+            for layer, x, _, out, _, _ in affines:
+                th.addmm(layer.bias, x, layer.weight_t, out=out)
+            for block in blocks:
+                block.activation.forward(block.x, block.y)
+        return [th.addmm(layer.bias, x, layer.weight_t) for layer, x, _ in outputs]
 
-    def backward(self, grad: th.Tensor, parameter_grads: list[tuple[th.Tensor, th.Tensor]]) -> None:
+    def backward(self, grads: Sequence[th.Tensor]) -> None:
         """
         Write the gradients of weights and biases.
 
-        :param grad: of the loss at the output, shape (b, n_out)
-        :param parameter_grads: where those of each layer's weight and bias go
+        :param grads: of the loss at the outputs, each of shape (n_samples, n_out)
         """
-        for index in reversed(range(len(self._layers))):
-            layer, (affine, y), (weight_grad, bias_grad) = self._layers[index], self._outputs[index], parameter_grads[index]
-            if layer.activation is not None:
-                grad = layer.activation.backward(grad, affine, y)
-            th.mm(grad.t(), self._inputs[index], out=weight_grad)
-            th.sum(grad, 0, out=bias_grad)
-            if index > 0:
-                grad = th.mm(grad, layer.weight)
+        _, levels, outputs = self._plan
+        for (layer, x, d_x), d_out in zip(outputs, grads, strict=True):
+            th.sum(d_out, 0, out=layer.bias_grad)
+            th.mm(d_out.t(), x, out=layer.weight_grad)
+            if d_x is not None:
+                th.mm(d_out, layer.weight, out=d_x)
+        for affines, blocks in reversed(levels):
+            for activation, x, y, d_y, bias_grads in blocks:
+                activation.backward(d_y, y if activation.in_place else x)
+                th.sum(d_y, 1, out=bias_grads)
+            for layer, x, d_x, _, d_out, d_out_t in affines:
+                th.mm(d_out_t, x, out=layer.weight_grad)
+                if d_x is not None:
+                    th.mm(d_out, layer.weight, out=d_x)
+
+    def _make_plan(self, n_samples: int) -> _Plan:
+        inputs = th.empty(n_samples, self._stacks[0][0].weight.shape[1])
+        below: list[tuple[th.Tensor, th.Tensor | None]] = [(inputs, None) for _ in self._stacks]
+        levels = []
+        for depth in range(max(map(len, self._stacks)) - 1):
+            level = _Level([], [])
+            for indices in self._joined(depth):
+                layers = [self._stacks[index][depth] for index in indices]
+                block = self._make_block(layers, n_samples)
+                level.blocks.append(block)
+                for number, (index, layer) in enumerate(zip(indices, layers, strict=True)):
+                    d_out = block.d_y[number]
+                    level.affines.append(_Affine(layer, *below[index], block.x[number], d_out, d_out.t()))
+                    below[index] = block.y[number], d_out
+            levels.append(level)
+        outputs = [_Output(stack[-1], *inputs_of) for stack, inputs_of in zip(self._stacks, below, strict=True)]
+        return _Plan(inputs, levels, outputs)
+
+    def _joined(self, depth: int) -> list[list[int]]:
+        """Which stacks' hidden layers at a depth go together."""
+        indices = [index for index, stack in enumerate(self._stacks) if depth < len(stack) - 1]
+        layers = [self._stacks[index][depth] for index in indices]
+        alike = len({(len(layer.bias), layer.activation) for layer in layers}) == 1
+        anywhere = all(layer.activation is not None and layer.activation.anywhere for layer in layers)
+        return [indices] if alike and anywhere else [[index] for index in indices]
+
+    def _make_block(self, layers: list[Layer], n_samples: int) -> _Block:
+        activation, shape = layers[0].activation, (len(layers), n_samples, len(layers[0].bias))
+        assert activation is not None
+        x = th.empty(shape)
+        bias_grads = None if self._flat_grad is None else self._view_together([layer.bias_grad for layer in layers])
+        return _Block(activation, x, x if activation.in_place else th.empty(shape), th.empty(shape), bias_grads)
+
+    def _view_together(self, parts: list[Any]) -> th.Tensor:
+        """Equally long parts of the flat gradient, as rows of one view."""
+        assert self._flat_grad is not None
+        first, last = parts[0].storage_offset(), parts[-1].storage_offset()
+        return self._flat_grad.as_strided((len(parts), len(parts[0])), (max(last - first, 1), 1), first)
 
 
-def layer_names(policy: ActorCriticPolicy, hidden: str, output: str) -> dict[str, nn.Module | None]:
+def actor_and_critic(
+    policy: ActorCriticPolicy, values: dict[str, th.Tensor], grads: dict[str, th.Tensor] | None = None
+) -> tuple[list[Layer], list[Layer]]:
     """
-    The names of a network's affine layers in the policy, and the activation modules behind them.
+    The layers of a policy's networks.
 
     :param policy: with SB3's ``MlpExtractor``
-    :param hidden: ``"policy_net"`` or ``"value_net"``: its part in the extractor
-    :param output: ``"action_net"`` or ``"value_net"``: its last layer
+    :param values: weights and biases by their names in the policy
+    :param grads: where their gradients are written, ``None`` if there will be none
     """
-    modules = list(getattr(policy.mlp_extractor, hidden))
-    names: dict[str, nn.Module | None] = {
-        f"mlp_extractor.{hidden}.{index}": modules[index + 1] for index in range(0, len(modules), 2)
-    }
-    return {**names, output: None}
 
+    def layer(name: str, function: Activation | None) -> Layer:
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        value = values[weight].detach()
+        grad = (None, None) if grads is None else (grads[weight], grads[bias])
+        return Layer(value, value.t(), values[bias].detach(), function, *grad)
 
-def network(layers: dict[str, nn.Module | None], tensors: dict[str, th.Tensor]) -> Network:
-    """
-    A network of given layers.
+    def stack(hidden: str, output: str) -> list[Layer]:
+        modules = list(getattr(policy.mlp_extractor, hidden))
+        names = [f"mlp_extractor.{hidden}.{index}" for index in range(0, len(modules), 2)]
+        functions = map(activation, modules[1::2])
+        return [*(layer(*pair) for pair in zip(names, functions, strict=True)), layer(output, None)]
 
-    :param layers: as :func:`layer_names` returns them
-    :param tensors: weights and biases by their names in the policy
-    """
-    weights = {name: tensors[f"{name}.weight"].detach() for name in layers}
-    return Network(
-        [
-            Layer(weights[name], weights[name].t(), tensors[f"{name}.bias"].detach(), module and activation(module))
-            for name, module in layers.items()
-        ]
-    )
+    return stack("policy_net", "action_net"), stack("value_net", "value_net")
 
 
 def policy_inputs(policy: ActorCriticPolicy, observations: th.Tensor) -> th.Tensor:

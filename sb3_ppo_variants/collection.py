@@ -10,12 +10,13 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from torch.utils.hooks import RemovableHandle
 
 from sb3_ppo_variants.engines.heads import make_head
 from sb3_ppo_variants.engines.network import Networks, actor_and_critic, policy_inputs
-from sb3_ppo_variants.engines.reasons import HOOKS
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.ppo import PPO
@@ -31,40 +32,48 @@ class LeanPolicy:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         parameters: dict[str, th.Tensor] = dict(policy.named_parameters())
         self._policy = policy
+        self._action_shape = (-1, *(policy.action_space.shape or ()))
         self._networks = Networks(actor_and_critic(policy, parameters))
         self._head = make_head(policy.action_dist, parameters)
         modules = [vars(module) for module in policy.modules()]
         contents = [module[kind] for module in modules for kind in ("_parameters", "_modules")]
-        self._keys = [(content, key) for content in contents for key in content] + [(vars(policy), "action_dist")]
-        self._values = [content[key] for content, key in self._keys]
-        self._sized = [*modules, *(module[kind] for module in modules for kind in HOOKS)]
-        self._size = sum(map(len, self._sized))
+        pairs = [(content, key) for content in contents for key in content]
+        self._contents, self._keys = zip(*pairs, (vars(policy), "action_dist"), strict=True)
+        self._values = list(map(dict.get, self._contents, self._keys))
+        self._modules, self._size = modules, sum(map(len, modules))
+        self._n_hooks_ever = RemovableHandle.next_id
+        self._cast = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
 
     def is_current(self) -> bool:
         """Whether the policy still has the parameters and modules that were found, and neither hooks nor methods more."""
-        values = [content.get(key) for content, key in self._keys]
-        return sum(map(len, self._sized)) == self._size and all(map(operator.is_, values, self._values))
+        return (
+            RemovableHandle.next_id == self._n_hooks_ever
+            and sum(map(len, self._modules)) == self._size
+            and all(map(operator.is_, map(dict.get, self._contents, self._keys), self._values))
+        )
 
-    def forward(self, observations: th.Tensor) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+    def forward(self, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         Actions drawn from the policy, their states' values, their log-probabilities.
 
         :param observations: of the environments, shape (n_envs, *obs_shape)
         :return: of shapes (n_envs, *action_shape), (n_envs, 1), (n_envs,)
         """
-        inputs = self._networks.inputs(len(observations))
-        with th.inference_mode(), np.errstate(all="ignore"):
-            inputs.copy_(policy_inputs(self._policy, observations))
+        n_envs, head = len(observations), self._head
+        inputs = self._networks.inputs(n_envs)
+        with np.errstate(all="ignore"):
+            if self._cast:
+                inputs.numpy()[...] = observations.reshape(n_envs, -1)
+            else:
+                inputs.copy_(policy_inputs(self._policy, th.as_tensor(observations)))
             output, values = self._networks.forward()
-            self._head.forward(output)
-            actions = self._head.sample()
-            log_probs = self._head.log_prob(actions)
-            values = values.numpy()
-        if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
-            with th.no_grad():
-                self._policy(observations)
-        shape = (len(actions), *(self._policy.action_space.shape or ()))
-        return actions.reshape(shape), th.from_numpy(values), th.from_numpy(log_probs)
+            head.forward(output)
+            actions = head.sample()
+            log_probs = head.log_prob(actions)
+            if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
+                with th.no_grad():
+                    self._policy(th.as_tensor(observations))
+        return actions.reshape(self._action_shape), values.numpy(), log_probs
 
 
 def collect_rollouts(
@@ -84,13 +93,14 @@ def collect_rollouts(
     callback.on_rollout_start()
 
     while n_steps < n_rollout_steps:
-        obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+        obs_tensor = th.as_tensor(self._last_obs)
         if lean_policy.is_current():
-            actions, values, log_probs = lean_policy.forward(obs_tensor)
+            actions, value_array, log_prob_array = lean_policy.forward(self._last_obs)
+            values, log_probs = th.from_numpy(value_array), th.from_numpy(log_prob_array)
         else:
             with th.no_grad():
                 actions, values, log_probs = self.policy(obs_tensor)
-            actions = actions.cpu().numpy()  # type: ignore[attr-defined]
+            actions, value_array, log_prob_array = actions.cpu().numpy(), values.cpu().numpy(), log_probs.cpu().numpy()
         clipped_actions = actions
         if isinstance(self.action_space, spaces.Box):
             clipped_actions = np.minimum(np.maximum(actions, low), high)  # in a third of the time of `np.clip`
@@ -105,7 +115,7 @@ def collect_rollouts(
         n_steps += 1
         if dones.any():
             _bootstrap_truncated(self, rewards, dones, infos)
-        _add(rollout_buffer, self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
+        _add(rollout_buffer, self._last_obs, actions, rewards, self._last_episode_starts, value_array, log_prob_array)
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
 
@@ -129,17 +139,23 @@ def _bootstrap_truncated(model: "PPO", rewards: np.ndarray, dones: np.ndarray, i
 
 
 def _add(
-    buffer: RolloutBuffer, obs: Any, actions: Any, rewards: Any, episode_starts: Any, values: th.Tensor, log_probs: th.Tensor
+    buffer: RolloutBuffer,
+    obs: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    episode_starts: np.ndarray,
+    values: np.ndarray,
+    log_probs: np.ndarray,
 ) -> None:
     """``RolloutBuffer.add``, without copies of what is copied into the buffer."""
-    position, n_envs = buffer.pos, buffer.n_envs
-    buffer.observations[position] = obs.reshape((n_envs, *buffer.obs_shape))
-    buffer.actions[position] = actions.reshape((n_envs, buffer.action_dim))
+    position, observations = buffer.pos, buffer.observations
+    observations[position] = obs if obs.ndim == observations.ndim - 1 else obs[:, None]  # Discrete
+    buffer.actions[position] = actions.reshape(buffer.n_envs, buffer.action_dim)
     buffer.rewards[position] = rewards
     buffer.episode_starts[position] = episode_starts
-    buffer.values[position] = values.numpy().reshape(n_envs)
-    buffer.log_probs[position] = log_probs.numpy()
-    buffer.pos += 1
+    buffer.values[position] = values[:, 0]
+    buffer.log_probs[position] = log_probs
+    buffer.pos = position + 1
     buffer.full = buffer.pos == buffer.buffer_size
 
 

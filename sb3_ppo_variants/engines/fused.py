@@ -76,7 +76,7 @@ class _Part(NamedTuple):
     networks: Networks
     first: int
     last: int
-    flat_grad: th.Tensor
+    flat_grad: np.ndarray
     grads: list[th.Tensor]
 
 
@@ -125,7 +125,9 @@ class FusedEngine(Engine):
 
         def part(stacks: list[list[Layer]], first: int, last: int) -> _Part:
             in_policys_order = [grads[name] for name in parameters if name in names[first:last]]
-            return _Part(Networks(stacks, flat_grad), first, last, flat_grad[bounds[first] : bounds[last]], in_policys_order)
+            return _Part(
+                Networks(stacks, flat_grad), first, last, flat_grad[bounds[first] : bounds[last]].numpy(), in_policys_order
+            )
 
         self._joint = part([actor, critic], 0, len(names))
         self._actor = part([actor], 0, len(actors))
@@ -230,7 +232,10 @@ class FusedEngine(Engine):
                 grads.append(th.from_numpy(self._d_values()[:, None]))
             part.networks.backward(grads)
             norm = th.linalg.vector_norm(th.stack(th._foreach_norm(part.grads)))
-            part.flat_grad.mul_((self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+            # As torch computes `max_grad_norm / (norm + 1e-6)`: by way of the reciprocal.
+            scale = np.float32(1) / (norm.numpy() + np.float32(1e-6)) * np.float32(self._max_grad_norm)
+            if not scale >= 1:
+                np.multiply(part.flat_grad, scale, out=part.flat_grad)
         return {"grad_norm": norm}
 
     def _d_ratio(self) -> np.ndarray:

@@ -97,13 +97,18 @@ class GaussianHead(Head):
     def __init__(self, log_std: th.Tensor, log_std_grad: th.Tensor | None = None) -> None:
         self._log_std = log_std
         self._log_std_grad = log_std_grad
+        self._log_std_array = log_std.numpy()
+        self._log_std_bytes = b""
 
     def forward(self, output: th.Tensor) -> None:
         """Mu is the output, sigma the parameter's exponential."""
-        sigma = self._log_std.exp()
-        self.dispersion = sigma.log()
-        self._mean, self._sigma, self._log_sigma = output.numpy(), sigma.numpy(), self.dispersion.numpy()
-        self._var = self._sigma * self._sigma
+        self._mean = output.numpy()
+        if self._log_std_array.tobytes() != self._log_std_bytes:
+            self._log_std_bytes = self._log_std_array.tobytes()
+            sigma = self._log_std.exp()
+            self.dispersion = sigma.log()
+            self._sigma, self._log_sigma = sigma.numpy(), self.dispersion.numpy()
+            self._var = self._sigma * self._sigma
 
     def params(self) -> GaussianParams:
         """Mu, and sigma for each state."""
@@ -165,9 +170,14 @@ class CategoricalHead(Head):
 
     def forward(self, output: th.Tensor) -> None:
         """The outputs are logits l, side by side; ln p = l - ln sum exp l."""
-        self._logits = [output] if len(self._sizes) == 1 else list(th.split(output, self._sizes, dim=1))
-        self._log_probs = [logits - logits.logsumexp(dim=-1, keepdim=True) for logits in self._logits]
-        self.dispersion = _cat(self._log_probs)
+        logits = output.numpy()
+        if len(self._sizes) == 1:
+            self._log_probs = [logits - _logsumexp(logits)]
+            self._all_log_probs = self._log_probs[0]
+        else:
+            self._log_probs = [part - _logsumexp(part) for part in np.split(logits, self._splits, axis=1)]
+            self._all_log_probs = np.concatenate(self._log_probs, axis=1)
+        self.dispersion = th.from_numpy(self._all_log_probs)
 
     def params(self) -> CategoricalParams:
         """All ln p."""
@@ -175,15 +185,14 @@ class CategoricalHead(Head):
 
     def sample(self) -> np.ndarray:
         """As many draws as there are distributions."""
-        draws = [th.multinomial(log_probs.softmax(dim=-1), 1, replacement=True) for log_probs in self._log_probs]
-        actions: np.ndarray = _cat(draws).numpy()
-        return actions[:, 0] if len(draws) == 1 else actions
+        draws = [_multinomial(th.from_numpy(log_probs).softmax(dim=-1)) for log_probs in self._log_probs]
+        return draws[0] if len(draws) == 1 else np.stack(draws, axis=1)
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:
         """Ln p(a), summed over the distributions."""
         self._rows = np.arange(len(actions))
         self._actions = actions.astype(np.int64).reshape(len(actions), -1).T
-        chosen = [lp.numpy()[self._rows, a] for lp, a in zip(self._log_probs, self._actions, strict=True)]
+        chosen = [lp[self._rows, a] for lp, a in zip(self._log_probs, self._actions, strict=True)]
         return chosen[0] if len(chosen) == 1 else _sum(np.stack(chosen, axis=1), axis=1)
 
     def entropy(self, dispersions: Sequence[th.Tensor], n_samples: int) -> th.Tensor:
@@ -205,17 +214,17 @@ class CategoricalHead(Head):
         for index, log_probs in enumerate(self._log_probs):
             d_log_probs = [] if d_kls is None else [d_kls[index]]
             if d_entropy is not None:
-                probs = log_probs.softmax(dim=-1)
+                probs = th.from_numpy(log_probs).softmax(dim=-1)
                 d_product = -d_entropy
-                d_probs = th.from_numpy(d_product * log_probs.numpy())
+                d_probs = th.from_numpy(d_product * log_probs)
                 through_probs = th._softmax_backward_data(d_probs, probs, -1, probs.dtype)
                 d_log_probs += [through_probs.numpy(), d_product * probs.numpy()]
             d_chosen = np.zeros(log_probs.shape, dtype=np.float32)
             d_chosen[self._rows, self._actions[index]] = d_log_prob
             d_normalized = _add_up([*d_log_probs, d_chosen])
             d_lse = _sum(-d_normalized, axis=-1)[:, None]
-            grads.append(th.from_numpy(d_normalized + d_lse * log_probs.exp().numpy()))
-        return _cat(grads)
+            grads.append(d_normalized + d_lse * th.from_numpy(log_probs).exp().numpy())
+        return th.from_numpy(grads[0] if len(grads) == 1 else np.concatenate(grads, axis=1))
 
 
 class BernoulliHead(Head):
@@ -297,5 +306,14 @@ def _add_up(terms: list[np.ndarray]) -> np.ndarray:
     return functools.reduce(np.add, terms)
 
 
-def _cat(tensors: Sequence[th.Tensor]) -> th.Tensor:
-    return tensors[0] if len(tensors) == 1 else th.cat(list(tensors), dim=1)
+def _logsumexp(logits: np.ndarray) -> np.ndarray:
+    """``torch.logsumexp`` over the last axis, which is kept, in its bits."""
+    largest = logits.max(axis=-1, keepdims=True)
+    total = th.from_numpy(logits - largest).exp_().sum(dim=-1, keepdim=True)
+    return total.log_().numpy() + largest  # type: ignore[no-any-return]
+
+
+def _multinomial(probs: th.Tensor) -> np.ndarray:
+    """``torch.multinomial`` for one draw: the first arrival of processes with these rates, by the same random numbers."""
+    arrivals = th.empty_like(probs).exponential_()
+    return np.argmax(probs.numpy() / arrivals.numpy(), axis=-1)  # type: ignore[no-any-return]

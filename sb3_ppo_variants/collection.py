@@ -52,6 +52,7 @@ class LeanPolicy:
             and all(map(operator.is_, map(dict.get, self._contents, self._keys), self._values))
         )
 
+    @np.errstate(all="ignore")
     def forward(self, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         Actions drawn from the policy, their states' values, their log-probabilities.
@@ -61,18 +62,17 @@ class LeanPolicy:
         """
         n_envs, head = len(observations), self._head
         inputs = self._networks.inputs(n_envs)
-        with np.errstate(all="ignore"):
-            if self._cast:
-                inputs.numpy()[...] = observations.reshape(n_envs, -1)
-            else:
-                inputs.copy_(policy_inputs(self._policy, th.as_tensor(observations)))
-            output, values = self._networks.forward()
-            head.forward(output)
-            actions = head.sample()
-            log_probs = head.log_prob(actions)
-            if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
-                with th.no_grad():
-                    self._policy(th.as_tensor(observations))
+        if self._cast:
+            inputs.numpy()[...] = observations.reshape(n_envs, -1)
+        else:
+            inputs.copy_(policy_inputs(self._policy, th.as_tensor(observations)))
+        output, values = self._networks.forward()
+        head.forward(output)
+        actions = head.sample()
+        log_probs = head.log_prob(actions)
+        if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
+            with th.no_grad():
+                self._policy(th.as_tensor(observations))
         return actions.reshape(self._action_shape), values.numpy(), log_probs
 
 

@@ -1,7 +1,7 @@
 """Adam over a flat vector: as ``torch.optim.Adam``, element by element, but all parameters at once."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -18,16 +18,50 @@ def views(flat: th.Tensor, like: list[th.Tensor]) -> list[th.Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(th.split(flat, sizes), like, strict=True)]
 
 
-class _Run(NamedTuple):
-    """Consecutive parameters that have stepped equally often: the parts of the flat vectors that are theirs."""
+class _Run:
+    """
+    Consecutive parameters that have stepped equally often.
 
-    first: int
-    values: th.Tensor
-    grad: th.Tensor
-    exp_avg: th.Tensor
-    exp_avg_sq: th.Tensor
-    max_exp_avg_sq: th.Tensor | None
-    denominator: th.Tensor
+    :param group: the optimiser's settings
+    :param n_steps: that the parameters have made
+    :param values: of the parameters, shape (n,)
+    :param grad: shape (n,)
+    :param moments: the optimiser's state by its names, each of shape (n,)
+    """
+
+    def __init__(
+        self, group: dict[str, Any], n_steps: float, values: th.Tensor, grad: th.Tensor, moments: dict[str, th.Tensor]
+    ) -> None:
+        self.n_steps = n_steps
+        self._values = values
+        self._grad = grad
+        self._exp_avg = moments["exp_avg"]
+        self._exp_avg_sq = moments["exp_avg_sq"]
+        self._max_exp_avg_sq = moments.get("max_exp_avg_sq")
+        self._denominator = th.empty_like(values)
+        # NumPy's views: it multiplies and divides by a number in half of torch's time, to the same bits.
+        self._second_moment_array, self._denominator_array = self._exp_avg_sq.numpy(), self._denominator.numpy()
+        (self._beta1, self._beta2), self._lr = group["betas"], group["lr"]
+        self._beta2_float32, self._eps = np.float32(self._beta2), np.float32(group["eps"])
+        self._weight_decay, self._maximize = group["weight_decay"], group["maximize"]
+
+    def step(self) -> None:
+        """Algorithm 1 of Kingma & Ba 2015, arXiv 1412.6980, in the order of torch's operations."""
+        self.n_steps += 1
+        beta1, beta2, grad, second_moment = self._beta1, self._beta2, self._grad, self._exp_avg_sq
+        if self._maximize:
+            grad = -grad
+        if self._weight_decay != 0:
+            grad = grad.add(self._values, alpha=self._weight_decay)
+        self._exp_avg.lerp_(grad, 1 - beta1)
+        np.multiply(self._second_moment_array, self._beta2_float32, out=self._second_moment_array)
+        second_moment.addcmul_(grad, grad, value=1 - beta2)
+        if self._max_exp_avg_sq is not None:
+            second_moment = th.maximum(self._max_exp_avg_sq, second_moment, out=self._max_exp_avg_sq)
+        th.sqrt(second_moment, out=self._denominator)
+        denominator, correction = self._denominator_array, np.float32((1 - beta2**self.n_steps) ** 0.5)
+        np.add(np.divide(denominator, correction, out=denominator), self._eps, out=denominator)
+        self._values.addcdiv_(self._exp_avg, self._denominator, value=-(self._lr / (1 - beta1**self.n_steps)))
 
 
 class FlatAdam:
@@ -49,22 +83,22 @@ class FlatAdam:
         if optimizer.param_groups[0]["amsgrad"]:
             self._moments["max_exp_avg_sq"] = th.zeros_like(values)
         self._views = {name: views(moment, parameters) for name, moment in self._moments.items()}
-        self._denominator = th.empty_like(values)
         self._steps = [0.0] * len(parameters)
-        self._planned: tuple[int, int] | None = None
-        self._runs: list[_Run] = []
+        self._stepping: tuple[int, int] | None = None
+        self._runs: dict[int, _Run] = {}
 
     def fetch(self) -> None:
         """Take over the optimiser's state."""
         states = [self._optimizer.state.get(parameter) or {} for parameter in self._parameters]
         self._steps = [float(state["step"]) if state else 0.0 for state in states]
-        self._planned = None
+        self._stepping, self._runs = None, {}
         for name, parts in self._views.items():
             for view, state in zip(parts, states, strict=True):
                 view.copy_(state[name]) if state else view.zero_()
 
     def publish(self) -> None:
         """Write the state into the optimiser's."""
+        self._count_steps()
         for index, parameter in enumerate(self._parameters):
             if self._steps[index] == 0:
                 continue
@@ -83,53 +117,26 @@ class FlatAdam:
         :param first: index of the first one
         :param last: index behind that of the last one
         """
-        if self._planned != (first, last):
-            self._planned, self._runs = (first, last), self._plan(first, last)
-        self._steps[first:last] = [n_steps + 1 for n_steps in self._steps[first:last]]
-        for run in self._runs:
-            self._step_together(run, self._steps[run.first])
+        if self._stepping != (first, last):
+            self._count_steps()
+            self._stepping, self._runs = (first, last), self._plan(first, last)
+        for run in self._runs.values():
+            run.step()
 
-    def _plan(self, first: int, last: int) -> list[_Run]:
+    def _plan(self, first: int, last: int) -> dict[int, _Run]:
+        """The runs among some parameters, by the index of each one's first parameter."""
         bounds = [0, *itertools.accumulate(parameter.numel() for parameter in self._parameters)]
-        runs = []
-        for _, group in itertools.groupby(range(first, last), self._steps.__getitem__):
+        runs = {}
+        for n_steps, group in itertools.groupby(range(first, last), self._steps.__getitem__):
             indices = list(group)
             rows = slice(bounds[indices[0]], bounds[indices[-1] + 1])
-            largest = self._moments.get("max_exp_avg_sq")
-            runs.append(
-                _Run(
-                    indices[0],
-                    self._values[rows],
-                    self._grad[rows],
-                    self._moments["exp_avg"][rows],
-                    self._moments["exp_avg_sq"][rows],
-                    None if largest is None else largest[rows],
-                    self._denominator[rows],
-                )
-            )
+            moments = {name: moment[rows] for name, moment in self._moments.items()}
+            settings = self._optimizer.param_groups[0]
+            runs[indices[0]] = _Run(settings, n_steps, self._values[rows], self._grad[rows], moments)
         return runs
 
-    def _step_together(self, run: _Run, n_steps: float) -> None:
-        """Algorithm 1 of Kingma & Ba 2015, arXiv 1412.6980, in the order of torch's operations."""
-        group = self._optimizer.param_groups[0]
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        grad, second_moment = run.grad, run.exp_avg_sq
-        if group["maximize"]:
-            grad = -grad
-        if group["weight_decay"] != 0:
-            grad = grad.add(run.values, alpha=group["weight_decay"])
-        run.exp_avg.lerp_(grad, 1 - beta1)
-        _multiply(second_moment, beta2)
-        second_moment.addcmul_(grad, grad, value=1 - beta2)
-        if run.max_exp_avg_sq is not None:
-            second_moment = th.maximum(run.max_exp_avg_sq, second_moment, out=run.max_exp_avg_sq)
-        denominator: np.ndarray = th.sqrt(second_moment, out=run.denominator).numpy()
-        denominator /= np.float32((1 - beta2**n_steps) ** 0.5)
-        denominator += np.float32(group["eps"])
-        run.values.addcdiv_(run.exp_avg, run.denominator, value=-(lr / (1 - beta1**n_steps)))
-
-
-def _multiply(tensor: th.Tensor, factor: float) -> None:
-    """In place, in half of torch's time."""
-    array: np.ndarray = tensor.numpy()
-    array *= np.float32(factor)
+    def _count_steps(self) -> None:
+        if self._stepping is not None:
+            starts = [*self._runs, self._stepping[1]]
+            for start, stop in itertools.pairwise(starts):
+                self._steps[start:stop] = [self._runs[start].n_steps] * (stop - start)

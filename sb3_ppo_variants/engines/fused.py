@@ -106,6 +106,8 @@ class FusedEngine(Engine):
         self._features: th.Tensor | None = None
         self._latest: _Part | None = None
         self._retired = False
+        clip_range = self._coefs.clip_range or 0.0
+        self._ratio_range = np.float32(1 - clip_range), np.float32(1 + clip_range)
         self._fetch_values()
 
     def _lay_out(self) -> None:
@@ -161,12 +163,13 @@ class FusedEngine(Engine):
         self._minibatch = minibatch
         return part
 
+    @np.errstate(all="ignore")
     def forward(self, minibatch: Minibatch) -> Forward:
         """Whatever the gradient of :func:`~sb3_ppo_variants.losses.ppo_loss` needs; the loss itself is left for later."""
         coefs, values, kl = self._coefs, None, None
         self._part = part = self._load(minibatch, self._actor if coefs.critic_apart else self._joint)
         epoch, rows = self._minibatch.epoch, self._minibatch.rows
-        with th.inference_mode(), np.errstate(all="ignore"):
+        with th.inference_mode():
             outputs = part.networks.forward()
             self._head.forward(outputs[0])
             log_prob = self._head.log_prob(epoch.actions[rows])
@@ -220,10 +223,11 @@ class FusedEngine(Engine):
             old = Samples(th.from_numpy(epoch.old_values[rows]), nothing, nothing, th.from_numpy(epoch.returns[rows]))
             return {"value_loss": value_loss(values, old, self._coefs.clip_range_vf)}
 
+    @np.errstate(all="ignore")
     def backward(self) -> Metrics:
         """The gradient, kept until it is published."""
         part = self._latest = self._part
-        with th.inference_mode(), np.errstate(all="ignore"):
+        with th.inference_mode():
             grads = []
             if part is not self._critic:
                 d_log_prob = self._d_ratio() * self._ratio
@@ -240,14 +244,15 @@ class FusedEngine(Engine):
 
     def _d_ratio(self) -> np.ndarray:
         """At r, of -mean(r A), or of -mean(min(r A, clip(r) A)); where both are equal, each gets half of the gradient."""
-        ratio, clip_range = self._ratio, self._coefs.clip_range
+        ratio = self._ratio
         advantages = self._minibatch.epoch.advantages[self._minibatch.rows]
         d_surrogate: np.ndarray = (np.float32(-1) / np.float32(len(ratio))) * advantages
-        if clip_range is None:
+        if self._coefs.clip_range is None:
             return d_surrogate
-        clipped_ratio = np.minimum(np.maximum(ratio, np.float32(1 - clip_range)), np.float32(1 + clip_range))
-        share = np.heaviside(advantages * clipped_ratio - advantages * ratio, np.float32(0.5))
-        return np.where(clipped_ratio == ratio, d_surrogate, d_surrogate * share)
+        low, high = self._ratio_range
+        clipped_ratio = np.minimum(np.maximum(ratio, low), high)
+        share = (1 + np.sign(advantages * clipped_ratio - advantages * ratio)) / 2
+        return d_surrogate * np.maximum(share, clipped_ratio == ratio)
 
     def _d_entropy(self) -> np.float32 | None:
         """At each entropy S, of -ent_coef mean(S)."""

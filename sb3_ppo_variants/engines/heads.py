@@ -99,6 +99,7 @@ class GaussianHead(Head):
         self._log_std_grad = log_std_grad
         self._log_std_array = log_std.numpy()
         self._log_std_bytes = b""
+        self._epsilon = th.empty(0)
 
     def forward(self, output: th.Tensor) -> None:
         """Mu is the output, sigma the parameter's exponential."""
@@ -117,8 +118,10 @@ class GaussianHead(Head):
 
     def sample(self) -> np.ndarray:
         """Mu + epsilon sigma, epsilon ~ N(0, 1)."""
-        epsilon: np.ndarray = th.empty(self._mean.shape).normal_().numpy()
-        actions: np.ndarray = self._mean + epsilon * self._sigma
+        if self._epsilon.shape != self._mean.shape:
+            self._epsilon = th.empty(self._mean.shape)
+        actions: np.ndarray = self._epsilon.normal_().numpy() * self._sigma
+        actions += self._mean
         return actions
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:
@@ -297,7 +300,7 @@ def _cross_entropy(logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
 
 def _sum(array: np.ndarray, axis: int) -> np.ndarray:
     """A sum over an axis, in torch's order."""
-    result: np.ndarray = th.from_numpy(array).sum(dim=axis).numpy()
+    result: np.ndarray = th.from_numpy(array).sum(axis).numpy()
     return result
 
 

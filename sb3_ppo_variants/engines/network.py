@@ -6,6 +6,7 @@ wide, one operation applies the activation function to both, or adds up the grad
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch as th
@@ -120,47 +121,27 @@ class Layer(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """An output layer at work on ``b`` samples: its input, and the gradient there, ``None`` where none is needed."""
+    """An output layer at work on ``b`` samples: its input, and where the gradient there goes, ``None`` for nowhere."""
 
     layer: Layer
     x: th.Tensor
     d_x: th.Tensor | None
-
-
-class _Affine(NamedTuple):
-    """A hidden layer at work: as :class:`_Output`, and its result, and the gradient there."""
-
-    layer: Layer
-    x: th.Tensor
-    d_x: th.Tensor | None
-    out: th.Tensor
-    d_out: th.Tensor
-    d_out_t: th.Tensor
-
-
-class _Block(NamedTuple):
-    """An activation function at work on the results of ``k`` equally wide layers, shape (k, b, n_out)."""
-
-    activation: Activation
-    x: th.Tensor
-    y: th.Tensor
-    d_y: th.Tensor
-    bias_grads: th.Tensor | None
-
-
-class _Level(NamedTuple):
-    """The hidden layers at one distance from the input."""
-
-    affines: list[_Affine]
-    blocks: list[_Block]
 
 
 class _Plan(NamedTuple):
-    """All layers at work on ``b`` samples."""
+    """
+    All layers at work on ``b`` samples.
+
+    :param inputs: shape (b, n_in)
+    :param forward: the operations of the hidden layers' forward pass, in order
+    :param outputs: the output layers
+    :param backward: the operations of the hidden layers' backward pass, in order
+    """
 
     inputs: th.Tensor
-    levels: list[_Level]
+    forward: list[Callable[[], Any]]
     outputs: list[_Output]
+    backward: list[Callable[[], Any]]
 
 
 class Networks:
@@ -186,13 +167,9 @@ class Networks:
 
     def forward(self) -> list[th.Tensor]:
         """The outputs, each of shape (n_samples, n_out)."""
-        _, levels, outputs = self._plan
-        for affines, blocks in levels:
-            for layer, x, _, out, _, _ in affines:
-                th.addmm(layer.bias, x, layer.weight_t, out=out)
-            for block in blocks:
-                block.activation.forward(block.x, block.y)
-        return [th.addmm(layer.bias, x, layer.weight_t) for layer, x, _ in outputs]
+        for operation in self._plan.forward:
+            operation()
+        return [th.addmm(layer.bias, x, layer.weight_t) for layer, x, _ in self._plan.outputs]
 
     def backward(self, grads: Sequence[th.Tensor]) -> None:
         """
@@ -200,38 +177,43 @@ class Networks:
 
         :param grads: of the loss at the outputs, each of shape (n_samples, n_out)
         """
-        _, levels, outputs = self._plan
-        for (layer, x, d_x), d_out in zip(outputs, grads, strict=True):
+        for (layer, x, d_x), d_out in zip(self._plan.outputs, grads, strict=True):
             th.sum(d_out, 0, out=layer.bias_grad)
             th.mm(d_out.t(), x, out=layer.weight_grad)
             if d_x is not None:
                 th.mm(d_out, layer.weight, out=d_x)
-        for affines, blocks in reversed(levels):
-            for activation, x, y, d_y, bias_grads in blocks:
-                activation.backward(d_y, y if activation.in_place else x)
-                th.sum(d_y, 1, out=bias_grads)
-            for layer, x, d_x, _, d_out, d_out_t in affines:
-                th.mm(d_out_t, x, out=layer.weight_grad)
-                if d_x is not None:
-                    th.mm(d_out, layer.weight, out=d_x)
+        for operation in self._plan.backward:
+            operation()
 
     def _make_plan(self, n_samples: int) -> _Plan:
         inputs = th.empty(n_samples, self._stacks[0][0].weight.shape[1])
         below: list[tuple[th.Tensor, th.Tensor | None]] = [(inputs, None) for _ in self._stacks]
-        levels = []
+        forward: list[Callable[[], Any]] = []
+        backward: list[Callable[[], Any]] = []
         for depth in range(max(map(len, self._stacks)) - 1):
-            level = _Level([], [])
+            affine, activate, through_activation, through_affine = [], [], [], []
             for indices in self._joined(depth):
                 layers = [self._stacks[index][depth] for index in indices]
-                block = self._make_block(layers, n_samples)
-                level.blocks.append(block)
-                for number, (index, layer) in enumerate(zip(indices, layers, strict=True)):
-                    d_out = block.d_y[number]
-                    level.affines.append(_Affine(layer, *below[index], block.x[number], d_out, d_out.t()))
-                    below[index] = block.y[number], d_out
-            levels.append(level)
-        outputs = [_Output(stack[-1], *inputs_of) for stack, inputs_of in zip(self._stacks, below, strict=True)]
-        return _Plan(inputs, levels, outputs)
+                function, shape = layers[0].activation, (len(layers), n_samples, len(layers[0].bias))
+                assert function is not None
+                affines, d_outputs = th.empty(shape), th.empty(shape)
+                outputs = affines if function.in_place else th.empty(shape)
+                activate.append(partial(function.forward, affines, outputs))
+                if self._flat_grad is not None:
+                    bias_grads = _join(self._flat_grad, [layer.bias_grad for layer in layers])
+                    through_activation.append(partial(function.backward, d_outputs, outputs if function.in_place else affines))
+                    through_activation.append(partial(th.sum, d_outputs, 1, out=bias_grads))
+                for index, layer, out, y, d_y in zip(indices, layers, affines, outputs, d_outputs, strict=True):
+                    x, d_x = below[index]
+                    affine.append(partial(th.addmm, layer.bias, x, layer.weight_t, out=out))
+                    through_affine.append(partial(th.mm, d_y.t(), x, out=layer.weight_grad))
+                    if d_x is not None:
+                        through_affine.append(partial(th.mm, d_y, layer.weight, out=d_x))
+                    below[index] = y, d_y
+            forward += [*affine, *activate]
+            backward = [*through_activation, *through_affine, *backward]
+        outputs_at_work = [_Output(stack[-1], *inputs_of) for stack, inputs_of in zip(self._stacks, below, strict=True)]
+        return _Plan(inputs, forward, outputs_at_work, backward)
 
     def _joined(self, depth: int) -> list[list[int]]:
         """Which stacks' hidden layers at a depth go together."""
@@ -241,18 +223,11 @@ class Networks:
         anywhere = all(layer.activation is not None and layer.activation.anywhere for layer in layers)
         return [indices] if alike and anywhere else [[index] for index in indices]
 
-    def _make_block(self, layers: list[Layer], n_samples: int) -> _Block:
-        activation, shape = layers[0].activation, (len(layers), n_samples, len(layers[0].bias))
-        assert activation is not None
-        x = th.empty(shape)
-        bias_grads = None if self._flat_grad is None else self._view_together([layer.bias_grad for layer in layers])
-        return _Block(activation, x, x if activation.in_place else th.empty(shape), th.empty(shape), bias_grads)
 
-    def _view_together(self, parts: list[Any]) -> th.Tensor:
-        """Equally long parts of the flat gradient, as rows of one view."""
-        assert self._flat_grad is not None
-        first, last = parts[0].storage_offset(), parts[-1].storage_offset()
-        return self._flat_grad.as_strided((len(parts), len(parts[0])), (max(last - first, 1), 1), first)
+def _join(flat: th.Tensor, parts: list[Any]) -> th.Tensor:
+    """Equally long parts of a flat vector, as rows of one view."""
+    first, last = parts[0].storage_offset(), parts[-1].storage_offset()
+    return flat.as_strided((len(parts), len(parts[0])), (max(last - first, 1), 1), first)
 
 
 def actor_and_critic(

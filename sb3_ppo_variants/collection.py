@@ -1,7 +1,5 @@
 """Collecting rollouts: SB3's loop, to the last bit, without distribution objects and copies on every step."""
 
-import math
-import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,84 +7,30 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch.utils.hooks import RemovableHandle
 
-from sb3_ppo_variants.engines.heads import make_head
-from sb3_ppo_variants.engines.network import Networks, actor_and_critic, policy_inputs
+from sb3_ppo_variants.engines import LeanPolicy
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.ppo import PPO
 
 
-class LeanPolicy:
-    """
-    An MLP policy's ``forward``, on its parameters, for as long as nobody rebuilds it.
-
-    :param policy: one for which :func:`~sb3_ppo_variants.engines.reasons.why_not_lean` finds no reason
-    """
-
-    def __init__(self, policy: ActorCriticPolicy) -> None:
-        parameters: dict[str, th.Tensor] = dict(policy.named_parameters())
-        self._policy = policy
-        self._action_shape = (-1, *(policy.action_space.shape or ()))
-        self._networks = Networks(actor_and_critic(policy, parameters))
-        self._head = make_head(policy.action_dist, parameters)
-        modules = [vars(module) for module in policy.modules()]
-        contents = [module[kind] for module in modules for kind in ("_parameters", "_modules")]
-        pairs = [(content, key) for content in contents for key in content]
-        self._contents, self._keys = zip(*pairs, (vars(policy), "action_dist"), strict=True)
-        self._values = list(map(dict.get, self._contents, self._keys))
-        self._modules, self._size = modules, sum(map(len, modules))
-        self._n_hooks_ever = RemovableHandle.next_id
-        self._cast = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
-
-    def is_current(self) -> bool:
-        """Whether the policy still has the parameters and modules that were found, and neither hooks nor methods more."""
-        return (
-            RemovableHandle.next_id == self._n_hooks_ever
-            and sum(map(len, self._modules)) == self._size
-            and all(map(operator.is_, map(dict.get, self._contents, self._keys), self._values))
-        )
-
-    @np.errstate(all="ignore")
-    def forward(self, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """
-        Actions drawn from the policy, their states' values, their log-probabilities.
-
-        :param observations: of the environments, shape (n_envs, *obs_shape)
-        :return: of shapes (n_envs, *action_shape), (n_envs, 1), (n_envs,)
-        """
-        n_envs, head = len(observations), self._head
-        inputs = self._networks.inputs(n_envs)
-        if self._cast:
-            inputs.numpy()[...] = observations.reshape(n_envs, -1)
-        else:
-            inputs.copy_(policy_inputs(self._policy, th.as_tensor(observations)))
-        output, values = self._networks.forward()
-        head.forward(output)
-        actions = head.sample()
-        log_probs = head.log_prob(actions)
-        if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
-            with th.no_grad():
-                self._policy(th.as_tensor(observations))
-        return actions.reshape(self._action_shape), values.numpy(), log_probs
-
-
 def collect_rollouts(
-    self: "PPO", env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    self: "PPO",
+    env: VecEnv,
+    callback: BaseCallback,
+    rollout_buffer: RolloutBuffer,
+    n_rollout_steps: int,
+    lean_policy: LeanPolicy,
 ) -> bool:
     """
-    ``OnPolicyAlgorithm.collect_rollouts`` for a policy that :class:`LeanPolicy` can stand in for.
+    ``OnPolicyAlgorithm.collect_rollouts``, with its names, as callbacks find them in ``self.locals``.
 
-    Names are those of SB3, as callbacks find them in ``self.locals``.
+    :param lean_policy: stands in for ``self.policy`` until a callback changes that
     """
     assert self._last_obs is not None, "No previous observation was provided"
     self.policy.set_training_mode(False)
-    lean_policy = LeanPolicy(self.policy)
     low, high = getattr(self.action_space, "low", None), getattr(self.action_space, "high", None)
     n_steps = 0
     rollout_buffer.reset()

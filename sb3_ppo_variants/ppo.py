@@ -29,7 +29,7 @@ from sb3_ppo_variants.arguments import (
 from sb3_ppo_variants.callbacks import UpdateHooks
 from sb3_ppo_variants.collection import collect_rollouts
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
-from sb3_ppo_variants.engines import ENGINES, EagerEngine, Engine, FusedEngine, why_not_fused, why_not_lean
+from sb3_ppo_variants.engines import ENGINES, Engine, EngineChoice
 from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
@@ -123,7 +123,7 @@ class PPO(stable_baselines3.PPO):
         self._value_optimizer_policy: ActorCriticPolicy | None = None
         self._update_hooks = UpdateHooks()
         self._exact_kl_known = True
-        self._reason_for_eager = ""
+        self._engine_choice = EngineChoice()
         super().__init__(
             policy,
             env,
@@ -248,9 +248,10 @@ class PPO(stable_baselines3.PPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """SB3's, or its lean equivalent where the engine isn't ``"eager"`` and all it has to do is known."""
-        if self.engine == "eager" or self.use_sde or why_not_lean(self.policy, rollout_buffer) is not None:
+        lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
+        if lean_policy is None:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy)
 
     def train(self) -> None:
         """
@@ -268,7 +269,7 @@ class PPO(stable_baselines3.PPO):
         watched = bool(self._update_hooks) or bool(tensorboard_writers(self.logger))
         stats = UpdateStats(coefs, trust_region, keep_kls=watched)
         self._update_hooks.on_update_start(self.num_timesteps)
-        engine = self._make_engine(coefs, trust_region)
+        engine = self._engine_choice.engine(self, coefs, trust_region)
 
         try:
             while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
@@ -309,8 +310,7 @@ class PPO(stable_baselines3.PPO):
             hooks(stats)
         finally:
             if not engine.fetch():
-                self._give_reason_for_eager(self._why_not_fused() or "a callback has removed a gradient")
-                engine = EagerEngine.taking_over(engine)
+                engine = self._engine_choice.engine_after(engine, self)
         return engine
 
     def _train_critic(self, engine: Engine, stats: UpdateStats) -> None:
@@ -390,31 +390,6 @@ class PPO(stable_baselines3.PPO):
             check_exact_kl(self.policy, self.rollout_buffer)
         return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
 
-    def _make_engine(self, coefs: Coefficients, trust_region: TrustRegion | None) -> Engine:
-        """
-        The engine of this update.
-
-        :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
-        """
-        kind: type[Engine] = FusedEngine
-        if self.engine == "eager":
-            kind = EagerEngine
-        elif reason := self._why_not_fused():
-            self._give_reason_for_eager(reason)
-            kind = EagerEngine
-        return kind(self.policy, self.rollout_buffer, self.action_space, coefs, self.max_grad_norm, trust_region)
-
-    def _why_not_fused(self) -> str | None:
-        own_optimizer = [self.value_optimizer] if self.n_value_epochs is not None and self.value_optimizer else []
-        return why_not_fused(self.policy, self.rollout_buffer, own_optimizer)
-
-    def _give_reason_for_eager(self, reason: str) -> None:
-        if self.engine == "fused":
-            raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
-        if self.verbose >= 1 and reason != self._reason_for_eager:
-            print(f"Using the eager engine, as {reason}")
-        self._reason_for_eager = reason
-
     def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
         """
         What ``compute`` returns; without a KL penalty ``None``, and one warning, where it fails.
@@ -466,7 +441,7 @@ class PPO(stable_baselines3.PPO):
             "_arguments_read",
             "_update_hooks",
             "_exact_kl_known",
-            "_reason_for_eager",
+            "_engine_choice",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]

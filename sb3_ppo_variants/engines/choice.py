@@ -1,0 +1,136 @@
+"""Which engine runs a model's updates, and whether its rollouts can be lean."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_ppo_variants.engines.eager import EagerEngine
+from sb3_ppo_variants.engines.engine import Engine
+from sb3_ppo_variants.engines.fused import FusedEngine
+from sb3_ppo_variants.engines.lean_policy import LeanPolicy
+from sb3_ppo_variants.engines.reasons import why_not_fused, why_not_lean
+from sb3_ppo_variants.isolation import undisturbed
+from sb3_ppo_variants.losses import Coefficients
+from sb3_ppo_variants.trust_region import TrustRegion
+
+if TYPE_CHECKING:
+    from sb3_ppo_variants.ppo import PPO
+
+ENGINES = ("auto", "eager", "fused")
+"""Names for PPO's argument ``engine``."""
+
+
+class EngineChoice:
+    """
+    Chooses by PPO's argument ``engine``.
+
+    ``"auto"`` takes the fused engine where all its operations are known, and where it is seen to give the bits of autograd: on
+    the first minibatch, and on the first observations, of each configuration. Libraries of linear algebra may order
+    their sums differently on another machine, in another version, or with another number of threads.
+    """
+
+    def __init__(self) -> None:
+        self._said = ""
+        self._agreements: dict[str, tuple[Any, bool]] = {}
+
+    def engine(self, model: "PPO", coefs: Coefficients, trust_region: TrustRegion | None) -> Engine:
+        """
+        The engine of an update.
+
+        :param model: the algorithm
+        :param coefs: the coefficients in effect
+        :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
+        :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
+        """
+        arguments = (model.policy, model.rollout_buffer, model.action_space, coefs, model.max_grad_norm, trust_region)
+        if model.engine == "eager":
+            return EagerEngine(*arguments)
+        reason = self._why_not_fused(model)
+        if reason is None:
+            fused = FusedEngine(*arguments)
+            if model.engine == "fused" or self._gradients_agree(fused, model.policy, model.batch_size, coefs):
+                return fused
+            reason = "its gradients differ from autograd's in their last bits on this machine"
+        self._say_why_eager(model, reason)
+        return EagerEngine(*arguments)
+
+    def engine_after(self, engine: Engine, model: "PPO") -> Engine:
+        """
+        The engine that goes on after a callback has made it impossible to go on with a fused one.
+
+        :raises ValueError: if ``engine`` is ``"fused"``
+        """
+        self._say_why_eager(model, self._why_not_fused(model) or "a callback has removed a gradient")
+        return EagerEngine.taking_over(engine)
+
+    def lean_policy(self, model: "PPO", buffer: RolloutBuffer) -> LeanPolicy | None:
+        """
+        What stands in for the policy in a rollout, ``None`` if nothing can.
+
+        :param model: the algorithm
+        :param buffer: that will keep the rollout
+        """
+        if model.engine == "eager" or model.use_sde or why_not_lean(model.policy, buffer) is not None:
+            return None
+        lean_policy = LeanPolicy(model.policy)
+        if model.engine == "fused" or self._actions_agree(lean_policy, model):
+            return lean_policy
+        return None
+
+    def _why_not_fused(self, model: "PPO") -> str | None:
+        optimizers = [] if model.n_value_epochs is None or model.value_optimizer is None else [model.value_optimizer]
+        return why_not_fused(model.policy, model.rollout_buffer, optimizers)
+
+    def _say_why_eager(self, model: "PPO", reason: str) -> None:
+        if model.engine == "fused":
+            raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
+        if model.verbose >= 1 and reason != self._said:
+            print(f"Using the eager engine, as {reason}")
+        self._said = reason
+
+    def _gradients_agree(self, fused: FusedEngine, policy: Any, batch_size: int, coefs: Coefficients) -> bool:
+        """Whether the first minibatch's gradient is autograd's."""
+        terms = (coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl)
+        key = (policy, batch_size, th.get_num_threads(), coefs.critic_apart, *terms)
+        if self._known("gradients", key):
+            return self._agreements["gradients"][1]
+        before = [parameter.grad for parameter in policy.parameters()]
+        eager = EagerEngine.taking_over(fused)
+        gradients = []
+        with undisturbed(policy):
+            minibatch = next(iter(fused.minibatches(batch_size)))
+            for engine in (fused, eager):
+                engine.forward(minibatch)
+                engine.backward()
+                engine.publish()
+                gradients.append([parameter.grad for parameter in policy.parameters()])
+        for parameter, grad in zip(policy.parameters(), before, strict=True):
+            parameter.grad = grad
+        return self._remember("gradients", key, all(map(_same_bits, *gradients)))
+
+    def _actions_agree(self, lean_policy: LeanPolicy, model: "PPO") -> bool:
+        """Whether the first observations' actions, values and log-probabilities are the policy's own."""
+        observations: Any = model._last_obs
+        key = (model.policy, len(observations), th.get_num_threads())
+        if self._known("actions", key):
+            return self._agreements["actions"][1]
+        with undisturbed(model.policy):
+            lean = [th.from_numpy(array) for array in lean_policy.forward(observations)]
+        with undisturbed(model.policy), th.no_grad():
+            own = model.policy(th.as_tensor(observations))
+        return self._remember("actions", key, all(map(_same_bits, lean, own)))
+
+    def _known(self, what: str, key: Any) -> bool:
+        return what in self._agreements and self._agreements[what][0] == key
+
+    def _remember(self, what: str, key: Any, agreement: bool) -> bool:
+        self._agreements[what] = (key, agreement)
+        return agreement
+
+
+def _same_bits(one: th.Tensor | None, other: th.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one.numpy().view(np.uint8), other.numpy().view(np.uint8))

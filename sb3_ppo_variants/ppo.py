@@ -280,7 +280,7 @@ class PPO(stable_baselines3.PPO):
                     stats.add(engine.backward())
                     engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
                     if stats.policy_stopped:
-                        break
+                        break  # type: ignore[unreachable]  # hooks set it
                     engine.step()
                     stats.gradient_steps += 1
                 else:

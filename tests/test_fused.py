@@ -1,5 +1,6 @@
 """The fused engine has the bits of the eager one, in everything that anybody can see."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "schedules": {"learning_rate": "lin_0.01", "clip_range": "lin_0.3", "ent_coef": "lin_0.02", "kl_coef": "lin_2.0"},
     "linear-networks": {"policy_kwargs": {"net_arch": []}},
     "unequal-networks": {"policy_kwargs": {"net_arch": {"pi": [16], "vf": [32, 8]}, "activation_fn": nn.ReLU}},
-    "sigmoid": {"policy_kwargs": {"net_arch": [8], "activation_fn": nn.Sigmoid}},
     "adam-options": {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 1e-2, "betas": (0.8, 0.99), "amsgrad": True}}},
+    "critic-apart": {"n_value_epochs": 2, "value_learning_rate": 1e-2, "ent_coef": 0.01, "clip_range_vf": 0.2},
+    "critic-apart-early-stop": {"n_value_epochs": 4, "learning_rate": 3e-3, "target_kl": 0.02, "kl_coef": 1.0},
     "adam-maximizing": {"policy_kwargs": {"optimizer_kwargs": {"maximize": True}}},
 }
 
@@ -99,7 +101,10 @@ def assert_same_runs(**kwargs: Any) -> None:
 
 @pytest.mark.parametrize(
     ("action", "n_threads"),
-    [("box", 1), ("box", 2), ("matrix", 1), ("discrete", 1), ("multi_discrete", 1), ("multi_discrete", 2)],
+    [
+        *[(action, 1) for action in ("box", "matrix", "discrete", "multi_discrete", "multi_binary")],
+        *[(action, 2) for action in ("box", "multi_discrete")],
+    ],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -113,9 +118,30 @@ def test_trains_the_same_bits_on_other_observations(observation: str) -> None:
     assert_same_runs(observation=observation, action="discrete")
 
 
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize(
+    "activation_fn",
+    [
+        nn.Sigmoid,
+        nn.ELU,
+        nn.SiLU,
+        nn.Softplus,
+        nn.GELU,
+        partial(nn.GELU, approximate="tanh"),
+        partial(nn.LeakyReLU, 0.2),
+    ],
+)
+@pytest.mark.parametrize("net_arch", [[9, 33], {"pi": [7], "vf": [7, 5]}])
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_trains_the_same_bits_with_other_activations(activation_fn: Any, net_arch: Any) -> None:
+    assert_same_runs(policy_kwargs={"net_arch": net_arch, "activation_fn": activation_fn}, batch_size=15)
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
-    action=st.sampled_from(["box", "matrix", "discrete", "multi_discrete"]),
+    n_threads=st.sampled_from([1, 2]),
+    action=st.sampled_from(["box", "matrix", "discrete", "multi_discrete", "multi_binary"]),
+    activation_fn=st.sampled_from([nn.Tanh, nn.ReLU, nn.Sigmoid]),
+    n_value_epochs=st.sampled_from([None, None, 1]),
     batch_size=st.integers(2, 60),
     widths=st.lists(st.integers(1, 33), max_size=3),
     clip_range=st.none() | st.floats(0.01, 0.5),
@@ -129,8 +155,11 @@ def test_trains_the_same_bits_on_other_observations(observation: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 @pytest.mark.filterwarnings("ignore:kl_coef is saturated")
-def test_trains_the_same_bits_in_drawn_configurations(widths: list[int], **kwargs: Any) -> None:
-    assert_same_runs(n_updates=2, policy_kwargs={"net_arch": widths}, **kwargs)
+def test_trains_the_same_bits_in_drawn_configurations(
+    n_threads: int, widths: list[int], activation_fn: type[nn.Module], **kwargs: Any
+) -> None:
+    th.set_num_threads(n_threads)
+    assert_same_runs(n_updates=2, policy_kwargs={"net_arch": widths, "activation_fn": activation_fn}, **kwargs)
 
 
 @pytest.mark.parametrize("action", ["box", "multi_discrete"])
@@ -165,6 +194,8 @@ class Meddle(UpdateCallback):
         lambda: KLEarlyStoppingCallback(1e-4, per="epoch", restore=True),
         lambda: KLEarlyStoppingCallback(1e-5, restore=True),
         lambda: KLEarlyStoppingCallback(1e-4),
+        lambda: KLEarlyStoppingCallback(1e-4, stop="policy"),  # from then on, Adam has stepped the critic more often
+        lambda: KLEarlyStoppingCallback(1e-5, stop="policy", restore=True),
     ],
 )
 def test_callbacks_change_the_same_bits(callback: Any) -> None:
@@ -205,11 +236,10 @@ class OwnPolicy(ActorCriticPolicy):
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ({"action": "multi_binary"}, "the action distribution is a BernoulliDistribution"),
         ({"use_sde": True}, "the action distribution is a StateDependentNoiseDistribution"),
         ({"observation": "dict"}, "the policy, a MultiInputActorCriticPolicy, is not SB3's ActorCriticPolicy as it is"),
-        ({"n_value_epochs": 2}, "the critic has passes of its own"),
-        ({"policy_kwargs": {"activation_fn": nn.Softplus}}, "the layers are Linear, Softplus, Linear, Softplus"),
+        ({"policy_kwargs": {"activation_fn": nn.Mish}}, "the layers are Linear, Mish, Linear, Mish"),
+        ({"policy_kwargs": {"activation_fn": partial(nn.ReLU, inplace=True)}}, "the layers are Linear, ReLU, Linear, ReLU"),
         (
             {"policy_kwargs": {"optimizer_class": th.optim.SGD}},
             "the optimiser, a SGD, is not Adam with one group of parameters",
@@ -235,7 +265,7 @@ def test_refuses_what_users_have_changed() -> None:
     refused(model, "the policy, a ActorCriticPolicy, is not SB3's ActorCriticPolicy as it is")
     model = make(engine="fused")
     model.policy.value_net.weight.requires_grad_(False)
-    refused(model, "a parameter is frozen or not of type float32")
+    refused(model, "a parameter is frozen")
     model = make(engine="fused")
     model.policy.optimizer.register_step_post_hook(lambda *args: None)
     refused(model, "the optimiser has hooks")

@@ -116,7 +116,7 @@ def test_minibatches_know_where_they_come_from() -> None:
         n_checked = 0
 
         def _on_minibatch(self, stats: UpdateStats) -> bool:
-            samples, indices = stats.minibatch
+            samples, indices = stats.minibatch.samples, stats.minibatch.indices
             assert indices is not None
             buffer = self.model.rollout_buffer
             np.testing.assert_array_equal(buffer.observations[indices], samples.observations)

@@ -252,7 +252,8 @@ class FusedEngine(Engine):
         low, high = self._ratio_range
         clipped_ratio = np.minimum(np.maximum(ratio, low), high)
         share = (1 + np.sign(advantages * clipped_ratio - advantages * ratio)) / 2
-        return d_surrogate * np.maximum(share, clipped_ratio == ratio)
+        d_ratio: np.ndarray = d_surrogate * np.maximum(share, clipped_ratio == ratio)
+        return d_ratio
 
     def _d_entropy(self) -> np.float32 | None:
         """At each entropy S, of -ent_coef mean(S)."""
@@ -278,7 +279,8 @@ class FusedEngine(Engine):
         returns, clip_range_vf = epoch.returns[rows], self._coefs.clip_range_vf
         slope, vf_coef = np.float32(2 / len(values)), np.float32(self._vf_coef)
         if clip_range_vf is None:
-            return slope * (values - returns) * vf_coef
+            d_values: np.ndarray = slope * (values - returns) * vf_coef
+            return d_values
         low, high, old_values = np.float32(-clip_range_vf), np.float32(clip_range_vf), epoch.old_values[rows]
         move = values - old_values
         predicted = old_values + np.minimum(np.maximum(move, low), high)
@@ -340,7 +342,7 @@ def normalize_each(advantages: np.ndarray, batch_size: int) -> np.ndarray:
     """
     n_rest = len(advantages) % batch_size
     if batch_size == 1 or batch_size >= LARGE_MINIBATCH:
-        return th.cat([normalize(minibatch) for minibatch in th.from_numpy(advantages).split(batch_size)]).numpy()
+        return th.cat([normalize(minibatch) for minibatch in th.split(th.from_numpy(advantages), batch_size)]).numpy()
     rows = th.from_numpy(advantages[: len(advantages) - n_rest]).view(-1, batch_size)
     mean = rows.mean(dim=1, keepdim=True)
     # As torch's `std` of a vector: squares in float64, added up one after the other.

@@ -267,7 +267,9 @@ class BernoulliHead(Head):
         logits, probs = self.dispersion, self._probs.numpy()
         d_logits = []
         if d_kl is not None:
-            d_softplus = th.ops.aten.softplus_backward.default(th.full_like(logits, d_kl.item()), logits, 1, 20)
+            # Not as a full matrix: the last bit of torch's softplus depends on how its operands lie in memory.
+            d_each = th.full((len(logits),), d_kl.item()).unsqueeze(1).expand_as(logits)
+            d_softplus = th.ops.aten.softplus_backward.default(d_each, logits, 1, 20)
             d_logits += [d_softplus.numpy(), -(d_kl * self._old_probs)]
         if d_entropy is not None:
             d_probs = th.from_numpy((-logits).numpy() * d_entropy)

@@ -24,7 +24,10 @@ class LeanPolicy:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         parameters: dict[str, th.Tensor] = dict(policy.named_parameters())
         self._policy = policy
+        self._parameters = list(parameters.values())
+        self._addresses = list(map(th.Tensor.data_ptr, self._parameters))
         self._action_shape = (-1, *(policy.action_space.shape or ()))
+        self._plain = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
         self._networks = Networks(actor_and_critic(policy, parameters))
         self._head = make_head(policy.action_dist, parameters)
         modules = [vars(module) for module in policy.modules()]
@@ -34,35 +37,32 @@ class LeanPolicy:
         self._values = list(map(dict.get, self._contents, self._keys))
         self._modules, self._size = modules, sum(map(len, modules))
         self._n_hooks_ever = RemovableHandle.next_id
-        self._cast = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
 
-    def is_current(self) -> bool:
-        """Whether the policy still has the parameters and modules that were found, and neither hooks nor methods more."""
+    def is_current(self, policy: ActorCriticPolicy) -> bool:
+        """Whether a policy is the one that was found, with its parameters and modules, and neither hooks nor methods more."""
         return (
-            RemovableHandle.next_id == self._n_hooks_ever
+            policy is self._policy
+            and RemovableHandle.next_id == self._n_hooks_ever
             and sum(map(len, self._modules)) == self._size
             and all(map(operator.is_, map(dict.get, self._contents, self._keys), self._values))
+            and list(map(th.Tensor.data_ptr, self._parameters)) == self._addresses
         )
 
     @np.errstate(all="ignore")
-    def forward(self, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def forward(self, observations: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Actions drawn from the policy, their states' values, their log-probabilities.
 
         :param observations: of the environments, shape (n_envs, *obs_shape)
         :return: of shapes (n_envs, *action_shape), (n_envs, 1), (n_envs,)
         """
-        n_envs, head = len(observations), self._head
-        inputs = self._networks.inputs(n_envs)
-        if self._cast:
-            inputs.numpy()[...] = observations.reshape(n_envs, -1)
-        else:
-            inputs.copy_(policy_inputs(self._policy, th.as_tensor(observations)))
+        features = observations.flatten(start_dim=1) if self._plain else policy_inputs(self._policy, observations)
+        self._networks.inputs(len(observations)).copy_(features)
         output, values = self._networks.forward()
-        head.forward(output)
-        actions = head.sample()
-        log_probs = head.log_prob(actions)
+        self._head.forward(output)
+        actions = self._head.sample()
+        log_probs = self._head.log_prob(actions)
         if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
             with th.no_grad():
-                self._policy(th.as_tensor(observations))
-        return actions.reshape(self._action_shape), values.numpy(), log_probs
+                self._policy(observations)
+        return th.from_numpy(actions.reshape(self._action_shape)), values, th.from_numpy(log_probs)

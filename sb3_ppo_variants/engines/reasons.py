@@ -70,6 +70,14 @@ def _objections(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[st
         yield f"the device is {policy.device}, not the CPU"
     if type(policy.action_dist) not in HEADED:
         yield f"the action distribution is a {type(policy.action_dist).__name__}"
+    yield from _objections_to_modules(policy)
+    if any(parameter.dtype != th.float32 for parameter in policy.parameters()):
+        yield "a parameter is not of type float32"
+    if th.is_autocast_enabled("cpu"):
+        yield "autocast is enabled"
+
+
+def _objections_to_modules(policy: ActorCriticPolicy) -> Iterator[str]:
     if {type(policy.pi_features_extractor), type(policy.vf_features_extractor)} != {FlattenExtractor}:
         yield "the features extractor is not SB3's FlattenExtractor"
     if type(policy.mlp_extractor) is not MlpExtractor:
@@ -81,14 +89,11 @@ def _objections(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[st
             yield f"the layers are {', '.join(type(layer).__name__ for layer in layers)}"
     if {type(policy.action_net), type(policy.value_net)} != {nn.Linear}:
         yield "the output layers are not Linear"
-    if any(getattr(module, hooks) for module in policy.modules() for hooks in HOOKS) or th_module._has_any_global_hook():
+    hooked = any(getattr(module, hooks) for module in policy.modules() for hooks in HOOKS)
+    if hooked or th_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         yield "a module of the policy has hooks"
     if any("forward" in vars(module) for module in policy.modules()):
         yield "a module of the policy has a forward method of its own"
-    if th.is_autocast_enabled("cpu"):
-        yield "autocast is enabled"
-    if any(parameter.dtype != th.float32 for parameter in policy.parameters()):
-        yield "a parameter is not of type float32"
 
 
 def _objections_to_optimizers(policy: ActorCriticPolicy, optimizers: Sequence[th.optim.Optimizer]) -> Iterator[str]:

@@ -56,6 +56,8 @@ def collect_rollouts(
             return False
         self._update_info_buffer(infos, dones)
         n_steps += 1
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.reshape(-1, 1)
         if dones.any():
             _bootstrap_truncated(self, rewards, dones, infos)
         _add(rollout_buffer, self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
@@ -110,7 +112,7 @@ def compute_returns_and_advantage(buffer: RolloutBuffer, last_values: th.Tensor,
     next_non_terminal = 1.0 - np.concatenate([buffer.episode_starts[1:], dones.astype(np.float32)[None]])
     deltas = buffer.rewards + buffer.gamma * next_values * next_non_terminal - buffer.values
     discounts = buffer.gamma * buffer.gae_lambda * next_non_terminal
-    advantage = np.zeros_like(deltas[0])
+    advantage = np.zeros(buffer.n_envs, dtype=np.result_type(deltas, discounts))
     for delta, discount, row in zip(deltas[::-1], discounts[::-1], buffer.advantages[::-1], strict=True):
         np.add(delta, np.multiply(discount, advantage, out=advantage), out=advantage)
         row[:] = advantage

@@ -497,7 +497,7 @@ def test_unknown_metrics_are_errors_and_leave_the_logs_alone() -> None:
         def _on_minibatch(self, stats: UpdateStats) -> bool:
             assert "kl_penalty_loss" not in stats
             for ask in (stats.latest, stats.mean, stats.series):
-                with pytest.raises(KeyError, match="there is no metric 'kl_penalty_loss' in this update so far, only .*loss"):
+                with pytest.raises(KeyError, match=r"there is no metric 'kl_penalty_loss' in this update so far, only .*loss"):
                     ask("kl_penalty_loss")
             return True
 

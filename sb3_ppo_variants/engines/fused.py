@@ -192,9 +192,8 @@ class FusedEngine(Engine):
     def _raise_what_sb3_raises(self, minibatch: Minibatch) -> None:
         """SB3's distributions refuse NaN, unless they have been told not to."""
         self.publish()
-        with th.no_grad():
-            actions = policy_actions(minibatch.samples.actions, self._action_space)
-            self._policy.evaluate_actions(minibatch.samples.observations, actions)
+        actions = policy_actions(minibatch.samples.actions, self._action_space)
+        self._policy.evaluate_actions(minibatch.samples.observations, actions)
 
     @th.inference_mode()
     def _measure(self, evidence: Sequence[_Evidence]) -> Metrics:
@@ -316,8 +315,7 @@ class FusedEngine(Engine):
     @th.no_grad()
     def fetch(self) -> bool:
         """Into the flat vectors; anything may have happened to the policy, or to the rollout."""
-        graded = [] if self._latest is None else self._parameters[self._latest.first : self._latest.last]
-        if why_not_fused(self._policy, self._buffer, list(self._adams)) or any(p.grad is None for p in graded):
+        if not self._can_go_on():
             self._retired = True
             return False
         self._features = None
@@ -328,6 +326,14 @@ class FusedEngine(Engine):
         for adam in self._adams.values():
             adam.fetch()
         return True
+
+    def _can_go_on(self) -> bool:
+        graded = [] if self._latest is None else self._parameters[self._latest.first : self._latest.last]
+        return (
+            why_not_fused(self._policy, self._buffer, list(self._adams)) is None
+            and set(map(id, self._parameters)) == set(map(id, self._policy.parameters()))
+            and all(parameter.grad is not None for parameter in graded)
+        )
 
     def _fetch_values(self) -> None:
         th._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])

@@ -243,7 +243,7 @@ class BernoulliHead(Head):
 
     def sample(self) -> np.ndarray:
         """One draw each."""
-        actions: np.ndarray = th.bernoulli(self._probs).numpy()
+        actions: np.ndarray = th.bernoulli(self._probs.nan_to_num()).numpy()  # NaN is refused later, in SB3's words
         return actions
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def table(results: Sequence[Result]) -> str:
             )
         )
     header = ("variant", f"final return ({EPISODES} episodes)", "KL an update", "beta at the end", "steps to solve", "solved")
-    return _markdown([header, *rows])
+    return markdown([header, *rows])
 
 
 def write_report(results: Sequence[Result], folder: Path) -> None:
@@ -128,7 +128,45 @@ def _mean_and_range(values: Sequence[float], form: str) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
+    """
+    How many times as long others take as this package, setting by setting.
+
+    :param measurements: with columns measure, setting, algorithm, turn, value
+    :param path: the PNG
+    """
+    titles = {
+        "whole": "whole runs",
+        "minibatch": "a minibatch of an update",
+        "rollout": "a rollout step, outside the environment",
+    }
+    drawn = {measure: measurements[measurements["measure"] == measure] for measure in titles}
+    drawn = {measure: group for measure, group in drawn.items() if len(group) > 0}
+    heights = [group.groupby(["setting", "algorithm"]).ngroups for group in drawn.values()]
+    figure, axes = plt.subplots(
+        len(drawn), 1, figsize=(9, 1.5 + 0.25 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    for axis, (measure, group) in zip(axes[:, 0], drawn.items(), strict=True):
+        by_turn = group.pivot(index=["setting", "turn"], columns="algorithm", values="value")
+        ratios = by_turn.div(by_turn["ours"], axis=0).drop(columns="ours").dropna(axis=1)
+        settings = list(dict.fromkeys(group["setting"]))[::-1]
+        for number, name in enumerate(ratios):
+            each = ratios[name].groupby("setting").agg(["median", "min", "max"]).loc[settings]
+            heights_of_bars = np.arange(len(settings)) - (number - (ratios.shape[1] - 1) / 2) * 0.4
+            whiskers = [each["median"] - each["min"], each["max"] - each["median"]]
+            style = {"color": COLORS[number], "height": 0.36, "label": f"{name} / ours", "error_kw": {"ecolor": "grey"}}
+            axis.barh(heights_of_bars, each["median"], xerr=whiskers, **style)
+        axis.axvline(1, color="black", lw=1)
+        axis.set(title=titles[measure], yticks=range(len(settings)), yticklabels=settings)
+        axis.legend(frameon=False, loc="lower right")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set(xlabel="times as long as this package (bars: median of rounds; whiskers: smallest and largest)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    """A table, with its header as the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

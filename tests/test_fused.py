@@ -1,18 +1,22 @@
 """The fused engine has the bits of the eager one, in everything that anybody can see."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_ppo_variants import PPO, KLEarlyStoppingCallback, UpdateCallback, UpdateStats
+from sb3_ppo_variants.engines import FusedEngine
+from sb3_ppo_variants.engines.fused import normalize_each
+from sb3_ppo_variants.losses import clipped_surrogate, normalize
 from tests.environments import RandomEnv
 from tests.test_parity import assert_same_tensors
 from tests.test_ppo import Watch, make
@@ -227,6 +231,38 @@ def test_goes_on_from_the_other_engines_state() -> None:
             model.engine = engine
             model.learn(ROLLOUT)
     assert_same_tensors(visible(alternating), visible(eager))
+
+
+def near(value: float) -> st.SearchStrategy[float]:
+    """Float32 numbers within a few units in the last place."""
+    return st.integers(-3, 3).map(lambda n: float(np.float32(value) + n * np.spacing(np.float32(value))))
+
+
+@given(
+    ratio=st.lists(near(0.8) | near(1.2) | st.floats(0, 4, width=32), min_size=6, max_size=6),
+    advantages=st.lists(st.floats(-3, 3, width=32) | st.integers(-9, 9).map(float), min_size=6, max_size=6),
+)
+@example(ratio=[float(np.float32(1.2) + np.spacing(np.float32(1.2)))] * 6, advantages=[1.0, 1.1, 1.3, 1.5, 1.7, 1.9])
+@example(ratio=[float(np.float32(0.8) - np.spacing(np.float32(0.8)))] * 6, advantages=[-1.0, -1.1, -1.3, -1.5, -1.7, -1.9])
+def test_the_clipped_surrogates_gradient_is_autograds_at_the_edges(ratio: list[float], advantages: list[float]) -> None:
+    """Just outside the clip range, both sides of the minimum may round to the same number: each then gets a half."""
+    r, a = th.tensor(ratio, requires_grad=True), th.tensor(advantages)
+    (-clipped_surrogate(r, a, 0.2)).backward()
+    engine: Any = SimpleNamespace(
+        _ratio=r.detach().numpy(),
+        _ratio_range=(np.float32(0.8), np.float32(1.2)),
+        _coefs=SimpleNamespace(clip_range=0.2),
+        _minibatch=SimpleNamespace(epoch=SimpleNamespace(advantages=a.numpy()), rows=slice(None)),
+    )
+    assert r.grad is not None
+    np.testing.assert_array_equal(FusedEngine._d_ratio(engine), r.grad.numpy())
+
+
+@given(n_samples=st.integers(2, 300), batch_size=st.integers(1, 300), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
+def test_advantages_are_normalized_as_in_each_minibatch(n_samples: int, batch_size: int, scale: float, seed: int) -> None:
+    advantages = (np.random.default_rng(seed).normal(0.3, 1, n_samples) * scale).astype(np.float32)
+    minibatches = [normalize(th.from_numpy(part)) for part in np.split(advantages, range(batch_size, n_samples, batch_size))]
+    np.testing.assert_array_equal(normalize_each(advantages, batch_size), th.cat(minibatches).numpy())
 
 
 class OwnPolicy(ActorCriticPolicy):

@@ -6,16 +6,28 @@ from typing import Any
 import numpy as np
 import torch as th
 
+ALIGNMENT = 16
+"""Each part of a flat vector starts at a multiple of so many float32: matrices that don't are multiplied slower by half."""
+
+
+def bounds(like: list[th.Tensor]) -> list[int]:
+    """
+    Where the parts of a flat vector start, and its length.
+
+    :param like: tensors that the parts stand for
+    """
+    return [0, *itertools.accumulate(-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in like)]
+
 
 def views(flat: th.Tensor, like: list[th.Tensor]) -> list[th.Tensor]:
     """
-    Consecutive parts of a flat vector.
+    The parts of a flat vector.
 
-    :param flat: shape (n_elements,)
-    :param like: tensors of n_elements in all, whose shapes the parts get
+    :param flat: as long as :func:`bounds` says; there are zeros between the parts
+    :param like: tensors that the parts stand for, and whose shapes they get
     """
-    sizes = [tensor.numel() for tensor in like]
-    return [part.view(tensor.shape) for part, tensor in zip(th.split(flat, sizes), like, strict=True)]
+    starts = bounds(like)[:-1]
+    return [flat[start : start + tensor.numel()].view(tensor.shape) for start, tensor in zip(starts, like, strict=True)]
 
 
 class _Run:
@@ -125,11 +137,11 @@ class FlatAdam:
 
     def _plan(self, first: int, last: int) -> dict[int, _Run]:
         """The runs among some parameters, by the index of each one's first parameter."""
-        bounds = [0, *itertools.accumulate(parameter.numel() for parameter in self._parameters)]
+        edges = bounds(self._parameters)
         runs = {}
         for n_steps, group in itertools.groupby(range(first, last), self._steps.__getitem__):
             indices = list(group)
-            rows = slice(bounds[indices[0]], bounds[indices[-1] + 1])
+            rows = slice(edges[indices[0]], edges[indices[-1] + 1])
             moments = {name: moment[rows] for name, moment in self._moments.items()}
             settings = self._optimizer.param_groups[0]
             runs[indices[0]] = _Run(settings, n_steps, self._values[rows], self._grad[rows], moments)

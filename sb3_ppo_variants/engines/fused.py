@@ -5,7 +5,6 @@ Why the bits agree: every operation is the one that autograd would run, on the o
 sums are taken in autograd's order.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
-from sb3_ppo_variants.engines.flat_adam import FlatAdam, views
+from sb3_ppo_variants.engines.flat_adam import FlatAdam, bounds, views
 from sb3_ppo_variants.engines.heads import make_head
 from sb3_ppo_variants.engines.network import Layer, Networks, actor_and_critic, policy_inputs
 from sb3_ppo_variants.engines.reasons import why_not_fused
@@ -117,9 +116,9 @@ class FusedEngine(Engine):
         actors = [name for name in parameters if name not in critics]
         names = [*actors, *critics]
         self._parameters = [parameters[name] for name in names]
-        bounds = [0, *itertools.accumulate(parameter.numel() for parameter in self._parameters)]
-        flat_grad = th.zeros(bounds[-1])
-        self._flat, self._flat_grad = th.zeros(bounds[-1]), flat_grad
+        edges = bounds(self._parameters)
+        flat_grad = th.zeros(edges[-1])
+        self._flat, self._flat_grad = th.zeros(edges[-1]), flat_grad
         self._values, self._grads = (views(flat, self._parameters) for flat in (self._flat, flat_grad))
         values, grads = (dict(zip(names, parts, strict=True)) for parts in (self._values, self._grads))
         actor, critic = actor_and_critic(self._policy, values, grads)
@@ -128,7 +127,7 @@ class FusedEngine(Engine):
         def part(stacks: list[list[Layer]], first: int, last: int) -> _Part:
             in_policys_order = [grads[name] for name in parameters if name in names[first:last]]
             return _Part(
-                Networks(stacks, flat_grad), first, last, flat_grad[bounds[first] : bounds[last]].numpy(), in_policys_order
+                Networks(stacks, flat_grad), first, last, flat_grad[edges[first] : edges[last]].numpy(), in_policys_order
             )
 
         self._joint = part([actor, critic], 0, len(names))

@@ -1,0 +1,127 @@
+"""``engine="auto"`` takes the fused engine where it may, and says why where it may not."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import stable_baselines3
+import torch as th
+from torch import nn
+
+import sb3_ppo_variants
+from sb3_ppo_variants.engines import EagerEngine, FusedEngine, LeanPolicy
+from sb3_ppo_variants.engines.heads import GaussianHead
+from tests.test_parity import N_ENVS, N_STEPS, Config, assert_same_model, make_model
+
+ROLLOUT = N_STEPS * N_ENVS
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What computes the steps of optimisers and environments."""
+    names: list[str] = []
+
+    def spied(kind: type, method: str) -> Any:
+        original = getattr(kind, method)
+
+        def spy(*args: Any) -> Any:
+            names.append(kind.__name__)
+            return original(*args)
+
+        return spy
+
+    for kind, method in ((EagerEngine, "step"), (FusedEngine, "step"), (LeanPolicy, "forward")):
+        monkeypatch.setattr(kind, method, spied(kind, method))
+    return names
+
+
+def learn(n_updates: int = 2, config: Config | None = None, **kwargs: Any) -> sb3_ppo_variants.PPO:
+    model = make_model(sb3_ppo_variants.PPO, config or Config(kwargs=kwargs))
+    assert isinstance(model, sb3_ppo_variants.PPO)
+    return model.learn(n_updates * ROLLOUT)
+
+
+def test_the_default_is_fast(used: list[str]) -> None:
+    learn()
+    assert set(used) == {"FusedEngine", "LeanPolicy"}
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_a_choice_is_respected(engine: str, used: list[str]) -> None:
+    learn(engine=engine)
+    assert set(used) == {"eager": {"EagerEngine"}, "fused": {"FusedEngine", "LeanPolicy"}}[engine]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Config(kwargs={"use_sde": True}), "the action distribution is a StateDependentNoiseDistribution"),
+        (Config("CnnPolicy", "image"), "the policy, a ActorCriticCnnPolicy, is not SB3's ActorCriticPolicy as it is"),
+        (Config("MultiInputPolicy", "dict"), "the policy, a MultiInputActorCriticPolicy, is not SB3's"),
+        (Config(kwargs={"policy_kwargs": {"activation_fn": nn.Hardswish}}), "the layers are Linear, Hardswish"),
+        (Config(kwargs={"policy_kwargs": {"optimizer_class": th.optim.AdamW}}), "the optimiser, a AdamW, is not Adam"),
+    ],
+)
+def test_says_once_why_not(config: Config, reason: str, used: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config.kwargs["verbose"] = 1
+    learn(3, config)
+    assert "FusedEngine" not in used
+    lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"Using the eager engine, as {reason}")
+
+    config.kwargs["verbose"] = 0
+    learn(3, config)
+    assert capsys.readouterr().out == ""
+
+
+def test_rollouts_are_lean_whatever_the_optimizer(used: list[str]) -> None:
+    learn(policy_kwargs={"optimizer_class": th.optim.RMSprop, "optimizer_kwargs": {}})
+    assert set(used) == {"EagerEngine", "LeanPolicy"}
+
+
+def test_falls_back_where_the_gradients_bits_differ(
+    used: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they may where another library multiplies matrices in another order."""
+    original = FusedEngine._d_values
+    monkeypatch.setattr(FusedEngine, "_d_values", lambda self: np.nextafter(original(self), np.float32(np.inf)))
+    ours = learn(verbose=1)
+    assert "its gradients differ from autograd's in their last bits on this machine" in capsys.readouterr().out
+    assert "FusedEngine" not in used
+    assert_same_model(ours, make_model(stable_baselines3.PPO, Config()).learn(2 * ROLLOUT))
+    learn(engine="fused")
+    assert "FusedEngine" in used
+
+
+def test_falls_back_where_the_actions_bits_differ(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GaussianHead.sample
+    monkeypatch.setattr(GaussianHead, "sample", lambda self: np.nextafter(original(self), np.float32(np.inf)))
+    ours = learn()
+    assert used.count("LeanPolicy") == 1
+    assert_same_model(ours, make_model(stable_baselines3.PPO, Config()).learn(2 * ROLLOUT))
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_looks_at_the_bits_once_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    original = EagerEngine.backward
+    monkeypatch.setattr(EagerEngine, "backward", lambda self: looks.append(1) or original(self))
+    model = learn(3)
+    assert len(looks) == 1
+    model.batch_size = 12
+    model.learn(2 * ROLLOUT)
+    assert len(looks) == 2
+    model.ent_coef = 0.01
+    model.learn(2 * ROLLOUT)
+    assert len(looks) == 3
+    th.set_num_threads(2 if th.get_num_threads() == 1 else 1)
+    model.learn(2 * ROLLOUT)
+    assert len(looks) == 4
+
+
+def test_looking_at_the_bits_leaves_no_trace() -> None:
+    """No gradients, no random numbers: the first update is that of an engine which has not looked."""
+    models = [learn(1, engine=engine) for engine in ("auto", "fused")]
+    assert_same_model(*models)
+    np.testing.assert_array_equal(models[0].rollout_buffer.observations, models[1].rollout_buffer.observations)

@@ -36,13 +36,14 @@ def collect_rollouts(
     callback.on_rollout_start()
 
     while n_steps < n_rollout_steps:
-        obs_tensor: Any = th.as_tensor(self._last_obs)
+        obs_tensor: Any = th.from_numpy(self._last_obs)
         if lean_policy.is_current(self.policy):
-            actions, values, log_probs = lean_policy.forward(obs_tensor)
+            actions, value_array, log_prob_array = lean_policy.forward(self._last_obs)  # type: ignore[arg-type]
+            values, log_probs = th.from_numpy(value_array), th.from_numpy(log_prob_array)
         else:
             with th.no_grad():
-                actions, values, log_probs = self.policy(obs_tensor)
-        actions: np.ndarray = actions.cpu().numpy()  # type: ignore[no-redef]
+                action_tensor, values, log_probs = self.policy(obs_tensor)
+            actions, value_array, log_prob_array = (each.cpu().numpy() for each in (action_tensor, values, log_probs))
         clipped_actions: Any = actions
         if isinstance(self.action_space, spaces.Box):
             # What `np.clip` does in three times the time.
@@ -60,7 +61,7 @@ def collect_rollouts(
             actions = actions.reshape(-1, 1)
         if dones.any():
             _bootstrap_truncated(self, rewards, dones, infos)
-        _add(rollout_buffer, self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
+        _add(rollout_buffer, self._last_obs, actions, rewards, self._last_episode_starts, value_array, log_prob_array)
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
 
@@ -92,8 +93,8 @@ def _add(
     buffer.actions[position] = actions.reshape(buffer.n_envs, buffer.action_dim)
     buffer.rewards[position] = rewards
     buffer.episode_starts[position] = episode_starts
-    buffer.values[position] = values.numpy()[:, 0]
-    buffer.log_probs[position] = log_probs.numpy()
+    buffer.values[position] = values[:, 0]
+    buffer.log_probs[position] = log_probs
     buffer.pos = position + 1
     buffer.full = buffer.pos == buffer.buffer_size
 

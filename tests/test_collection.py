@@ -29,7 +29,7 @@ def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     forward = LeanPolicy.forward
 
-    def counting(self: LeanPolicy, observations: th.Tensor) -> Any:
+    def counting(self: LeanPolicy, observations: np.ndarray) -> Any:
         steps.append(len(observations))
         return forward(self, observations)
 

@@ -117,7 +117,7 @@ class EngineChoice:
         if self._known("actions", key):
             return self._agreements["actions"][1]
         with undisturbed(model.policy):
-            lean = lean_policy.forward(th.as_tensor(observations))
+            lean = [th.from_numpy(array) for array in lean_policy.forward(observations)]
         with undisturbed(model.policy), th.no_grad():
             own = model.policy(th.as_tensor(observations))
         return self._remember("actions", key, all(map(_same_bits, lean, own)))

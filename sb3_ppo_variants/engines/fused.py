@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
 from sb3_ppo_variants.engines.flat_adam import FlatAdam, bounds, views
 from sb3_ppo_variants.engines.heads import make_head
-from sb3_ppo_variants.engines.network import Layer, Networks, actor_and_critic, policy_inputs
+from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, policy_inputs
 from sb3_ppo_variants.engines.reasons import why_not_fused
 from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize, ppo_loss, value_loss
 from sb3_ppo_variants.rollout import Minibatch, policy_actions
@@ -83,9 +83,9 @@ class _Evidence(NamedTuple):
     """What a minibatch's metrics are told from later."""
 
     minibatch: FusedMinibatch
-    values: th.Tensor | None
+    values: np.ndarray | None
     log_prob: np.ndarray
-    dispersion: th.Tensor
+    dispersion: np.ndarray
     kl: th.Tensor | None
 
 
@@ -152,38 +152,37 @@ class FusedEngine(Engine):
         for start, indices in zip(range(0, n_samples, batch_size), th.split(th.from_numpy(order), batch_size), strict=True):
             yield FusedMinibatch(epoch, slice(start, start + len(indices)), indices, buffer)
 
-    def _load(self, minibatch: Minibatch, part: _Part) -> _Part:
+    def _load(self, minibatch: Minibatch, part: _Part) -> Workspace:
         """Make a minibatch's observations the networks' inputs."""
         assert isinstance(minibatch, FusedMinibatch)
         assert minibatch.indices is not None
         if self._features is None:
             self._features = policy_inputs(self._policy, th.as_tensor(self._buffer.observations))
-        th.index_select(self._features, 0, minibatch.indices, out=part.networks.inputs(len(minibatch.indices)))
-        self._minibatch = minibatch
-        return part
+        self._minibatch, self._part = minibatch, part
+        self._at_work = at_work = part.networks.at_work(len(minibatch.indices))
+        th.index_select(self._features, 0, minibatch.indices, out=at_work.inputs)
+        return at_work
 
     @np.errstate(all="ignore")
     def forward(self, minibatch: Minibatch) -> Forward:
         """Whatever the gradient of :func:`~sb3_ppo_variants.losses.ppo_loss` needs; the loss itself is left for later."""
         coefs, values, kl = self._coefs, None, None
-        self._part = part = self._load(minibatch, self._actor if coefs.critic_apart else self._joint)
-        epoch, rows = self._minibatch.epoch, self._minibatch.rows
         with th.inference_mode():
-            outputs = part.networks.forward()
+            outputs = self._load(minibatch, self._actor if coefs.critic_apart else self._joint).forward()
+            epoch, rows = self._minibatch.epoch, self._minibatch.rows
             self._head.forward(outputs[0])
             log_prob = self._head.log_prob(epoch.actions[rows])
             log_ratio = log_prob - epoch.old_log_prob[rows]
             self._ratio = th.from_numpy(log_ratio).exp().numpy()
             if not coefs.critic_apart:
-                values = outputs[1].flatten()
-                self._new_values, self._vf_coef = values.numpy(), coefs.vf_coef
+                self._new_values = values = outputs[1][:, 0].copy()
+                self._vf_coef = coefs.vf_coef
             if coefs.penalizes_kl:
                 assert self._trust_region is not None
                 assert minibatch.indices is not None
                 kl = self._head.kl(self._trust_region.old_at(minibatch.indices))
                 self._mean_kl = np.float32(kl.mean())
-            refused = math.isnan(log_prob.dot(log_prob))  # the fastest way to ask whether any is NaN
-        if refused:
+        if math.isnan(log_prob.dot(log_prob)):  # the fastest way to ask whether any is NaN
             self._raise_what_sb3_raises(minibatch)
         evidence = _Evidence(self._minibatch, values, log_prob, self._head.dispersion, kl)
         return Forward(log_ratio, self._head.params, LazyMetrics(len(log_prob), evidence, self._measure))
@@ -201,7 +200,7 @@ class FusedEngine(Engine):
         epoch, n_samples = evidence[0].minibatch.epoch, len(log_prob[0])
         rows = slice(evidence[0].minibatch.rows.start, evidence[-1].minibatch.rows.stop)
         new = Evaluation(
-            None if values[0] is None else th.stack(values),
+            None if values[0] is None else th.from_numpy(np.stack(values)),
             th.from_numpy(np.stack(log_prob)),
             self._head.entropy(dispersion, n_samples),
             None if kl[0] is None else th.stack(kl),
@@ -212,27 +211,24 @@ class FusedEngine(Engine):
 
     def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
         """The value loss, for a gradient at the critic's own parameters."""
-        self._part, self._vf_coef = self._load(minibatch, self._critic), vf_coef
-        epoch, rows = self._minibatch.epoch, self._minibatch.rows
         with th.inference_mode():
-            values = self._part.networks.forward()[0].flatten()
-            self._new_values = values.numpy()
-            nothing = th.empty(0)
+            values = self._load(minibatch, self._critic).forward()[0][:, 0]
+            self._new_values, self._vf_coef = values, vf_coef
+            epoch, rows, nothing = self._minibatch.epoch, self._minibatch.rows, th.empty(0)
             old = Samples(th.from_numpy(epoch.old_values[rows]), nothing, nothing, th.from_numpy(epoch.returns[rows]))
-            return {"value_loss": value_loss(values, old, self._coefs.clip_range_vf)}
+            return {"value_loss": value_loss(th.from_numpy(values.copy()), old, self._coefs.clip_range_vf)}
 
     @np.errstate(all="ignore")
     def backward(self) -> Metrics:
         """The gradient, kept until it is published."""
         part = self._latest = self._part
         with th.inference_mode():
-            grads = []
             if part is not self._critic:
                 d_log_prob = self._d_ratio() * self._ratio
-                grads.append(self._head.backward(d_log_prob, self._d_entropy(), self._d_kl()))
+                self._head.backward(d_log_prob, self._d_entropy(), self._d_kl(), self._at_work.d_outputs[0])
             if part is not self._actor:
-                grads.append(th.from_numpy(self._d_values()[:, None]))
-            part.networks.backward(grads)
+                self._at_work.d_outputs[-1][:, 0] = self._d_values()
+            self._at_work.backward()
             norm = th.linalg.vector_norm(th.stack(th._foreach_norm(part.grads)))
             # As torch computes `max_grad_norm / (norm + 1e-6)`: by way of the reciprocal.
             scale = np.float32(1) / (norm.numpy() + np.float32(1e-6)) * np.float32(self._max_grad_norm)

@@ -49,20 +49,23 @@ class LeanPolicy:
         )
 
     @np.errstate(all="ignore")
-    def forward(self, observations: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def forward(self, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         Actions drawn from the policy, their states' values, their log-probabilities.
 
         :param observations: of the environments, shape (n_envs, *obs_shape)
         :return: of shapes (n_envs, *action_shape), (n_envs, 1), (n_envs,)
         """
-        features = observations.flatten(start_dim=1) if self._plain else policy_inputs(self._policy, observations)
-        self._networks.inputs(len(observations)).copy_(features)
-        output, values = self._networks.forward()
+        at_work = self._networks.at_work(len(observations))
+        if self._plain:
+            at_work.inputs.numpy()[:] = observations.reshape(len(observations), -1)
+        else:
+            at_work.inputs.copy_(policy_inputs(self._policy, th.from_numpy(observations)))
+        output, values = at_work.forward()
         self._head.forward(output)
         actions = self._head.sample()
         log_probs = self._head.log_prob(actions)
         if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN, which SB3 refuses
             with th.no_grad():
-                self._policy(observations)
-        return th.from_numpy(actions.reshape(self._action_shape)), values, th.from_numpy(log_probs)
+                self._policy(th.from_numpy(observations))
+        return actions.reshape(self._action_shape), values.copy(), log_probs

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -120,100 +121,84 @@ class Layer(NamedTuple):
     bias_grad: th.Tensor | None
 
 
-class _Output(NamedTuple):
-    """An output layer at work on ``b`` samples: its input, and where the gradient there goes, ``None`` for nowhere."""
-
-    layer: Layer
-    x: th.Tensor
-    d_x: th.Tensor | None
-
-
-class _Plan(NamedTuple):
+class Workspace:
     """
-    All layers at work on ``b`` samples.
-
-    :param inputs: shape (b, n_in)
-    :param forward: the operations of the hidden layers' forward pass, in order
-    :param outputs: the output layers
-    :param backward: the operations of the hidden layers' backward pass, in order
-    """
-
-    inputs: th.Tensor
-    forward: list[Callable[[], Any]]
-    outputs: list[_Output]
-    backward: list[Callable[[], Any]]
-
-
-class Networks:
-    """
-    Stacks of layers on one input, which remember their latest forward pass.
+    Networks at work on ``b`` samples, in memory that torch and NumPy share.
 
     :param stacks: of layers, from input to output; the last one of each has no activation
     :param flat_grad: of which all gradients are views, ``None`` if there are none
+    :param n_samples: b
     """
 
-    def __init__(self, stacks: Sequence[list[Layer]], flat_grad: th.Tensor | None = None) -> None:
+    inputs: th.Tensor
+    """To be written before :meth:`forward`, shape (b, n_in)."""
+    outputs: list[np.ndarray]
+    """Of each stack, shape (b, n_out), until the next :meth:`forward`."""
+    d_outputs: list[np.ndarray]
+    """The loss's gradients at the outputs, to be written before :meth:`backward`."""
+
+    def __init__(self, stacks: Sequence[list[Layer]], flat_grad: th.Tensor | None, n_samples: int) -> None:
         self._stacks = stacks
         self._flat_grad = flat_grad
-        self._plans: dict[int, _Plan] = {}
-        self._plan: _Plan
+        self._n_samples = n_samples
+        self._forward: list[Callable[[], Any]] = []
+        self._backward: list[Callable[[], Any]] = []
+        self.inputs = th.empty(n_samples, stacks[0][0].weight.shape[1])
+        self._below: list[tuple[th.Tensor, th.Tensor | None]] = [(self.inputs, None) for _ in stacks]
+        for depth in range(max(map(len, stacks)) - 1):
+            self._add_hidden_layers(depth)
+        self.outputs, self.d_outputs = [], []
+        for index, stack in enumerate(stacks):
+            self._add_output_layer(index, stack[-1])
 
-    def inputs(self, n_samples: int) -> th.Tensor:
-        """Where the inputs of the next :meth:`forward` are to be written, shape (n_samples, n_in)."""
-        if n_samples not in self._plans:
-            self._plans[n_samples] = self._make_plan(n_samples)
-        self._plan = self._plans[n_samples]
-        return self._plan.inputs
-
-    def forward(self) -> list[th.Tensor]:
-        """The outputs, each of shape (n_samples, n_out)."""
-        for operation in self._plan.forward:
+    def forward(self) -> list[np.ndarray]:
+        """Write the outputs, and return them."""
+        for operation in self._forward:
             operation()
-        return [th.addmm(layer.bias, x, layer.weight_t) for layer, x, _ in self._plan.outputs]
+        return self.outputs
 
-    def backward(self, grads: Sequence[th.Tensor]) -> None:
-        """
-        Write the gradients of weights and biases.
-
-        :param grads: of the loss at the outputs, each of shape (n_samples, n_out)
-        """
-        for (layer, x, d_x), d_out in zip(self._plan.outputs, grads, strict=True):
-            th.sum(d_out, 0, out=layer.bias_grad)
-            th.mm(d_out.t(), x, out=layer.weight_grad)
-            if d_x is not None:
-                th.mm(d_out, layer.weight, out=d_x)
-        for operation in self._plan.backward:
+    def backward(self) -> None:
+        """Write the gradients of weights and biases."""
+        for operation in self._backward:
             operation()
 
-    def _make_plan(self, n_samples: int) -> _Plan:
-        inputs = th.empty(n_samples, self._stacks[0][0].weight.shape[1])
-        below: list[tuple[th.Tensor, th.Tensor | None]] = [(inputs, None) for _ in self._stacks]
-        forward: list[Callable[[], Any]] = []
-        backward: list[Callable[[], Any]] = []
-        for depth in range(max(map(len, self._stacks)) - 1):
-            affine, activate, through_activation, through_affine = [], [], [], []
-            for indices in self._joined(depth):
-                layers = [self._stacks[index][depth] for index in indices]
-                function, shape = layers[0].activation, (len(layers), n_samples, len(layers[0].bias))
-                assert function is not None
-                affines, d_outputs = th.empty(shape), th.empty(shape)
-                outputs = affines if function.in_place else th.empty(shape)
-                activate.append(partial(function.forward, affines, outputs))
-                if self._flat_grad is not None:
-                    bias_grads = _join(self._flat_grad, [layer.bias_grad for layer in layers])
-                    through_activation.append(partial(function.backward, d_outputs, outputs if function.in_place else affines))
-                    through_activation.append(partial(th.sum, d_outputs, 1, out=bias_grads))
-                for index, layer, out, y, d_y in zip(indices, layers, affines, outputs, d_outputs, strict=True):
-                    x, d_x = below[index]
-                    affine.append(partial(th.addmm, layer.bias, x, layer.weight_t, out=out))
-                    through_affine.append(partial(th.mm, d_y.t(), x, out=layer.weight_grad))
-                    if d_x is not None:
-                        through_affine.append(partial(th.mm, d_y, layer.weight, out=d_x))
-                    below[index] = y, d_y
-            forward += [*affine, *activate]
-            backward = [*through_activation, *through_affine, *backward]
-        outputs_at_work = [_Output(stack[-1], *inputs_of) for stack, inputs_of in zip(self._stacks, below, strict=True)]
-        return _Plan(inputs, forward, outputs_at_work, backward)
+    def _add_hidden_layers(self, depth: int) -> None:
+        affine, activate = [], []
+        through_activation: list[Callable[[], Any]] = []
+        through_affine: list[Callable[[], Any]] = []
+        for indices in self._joined(depth):
+            layers = [self._stacks[index][depth] for index in indices]
+            function, shape = layers[0].activation, (len(layers), self._n_samples, len(layers[0].bias))
+            assert function is not None
+            x, d_y = th.empty(shape), th.empty(shape if self._flat_grad is not None else (len(layers), 0))
+            y = x if function.in_place else th.empty(shape)
+            activate.append(partial(function.forward, x, y))
+            if self._flat_grad is not None:
+                through_activation.append(partial(function.backward, d_y, y if function.in_place else x))
+                bias_grads = _join(self._flat_grad, [layer.bias_grad for layer in layers])
+                through_activation.append(partial(th.sum, d_y, 1, out=bias_grads))
+            for index, layer, out, d_out, below in zip(indices, layers, x, d_y, y, strict=True):
+                affine.append(partial(th.addmm, layer.bias, self._below[index][0], layer.weight_t, out=out))
+                through_affine += self._through_affine(index, layer, d_out)
+                self._below[index] = below, d_out
+        self._forward += [*affine, *activate]
+        self._backward = [*through_activation, *through_affine, *self._backward]
+
+    def _add_output_layer(self, index: int, layer: Layer) -> None:
+        out, d_out = (th.empty(self._n_samples, len(layer.bias)) for _ in range(2))
+        self.outputs.append(out.numpy())
+        self.d_outputs.append(d_out.numpy())
+        self._forward.append(partial(th.addmm, layer.bias, self._below[index][0], layer.weight_t, out=out))
+        if self._flat_grad is not None:
+            through_bias = partial(th.sum, d_out, 0, out=layer.bias_grad)
+            self._backward = [through_bias, *self._through_affine(index, layer, d_out), *self._backward]
+
+    def _through_affine(self, index: int, layer: Layer, d_out: th.Tensor) -> list[Callable[[], Any]]:
+        x, d_x = self._below[index]
+        operations: list[Callable[[], Any]] = [partial(th.mm, d_out.t(), x, out=layer.weight_grad)]
+        if d_x is not None:
+            operations.append(partial(th.mm, d_out, layer.weight, out=d_x))
+        return operations if self._flat_grad is not None else []
 
     def _joined(self, depth: int) -> list[list[int]]:
         """Which stacks' hidden layers at a depth go together."""
@@ -222,6 +207,26 @@ class Networks:
         alike = len({(len(layer.bias), layer.activation) for layer in layers}) == 1
         anywhere = all(layer.activation is not None and layer.activation.anywhere for layer in layers)
         return [indices] if alike and anywhere else [[index] for index in indices]
+
+
+class Networks:
+    """
+    Stacks of layers on one input.
+
+    :param stacks: of layers, from input to output; the last one of each has no activation
+    :param flat_grad: of which all gradients are views, ``None`` if there are none
+    """
+
+    def __init__(self, stacks: Sequence[list[Layer]], flat_grad: th.Tensor | None = None) -> None:
+        self._stacks = stacks
+        self._flat_grad = flat_grad
+        self._workspaces: dict[int, Workspace] = {}
+
+    def at_work(self, n_samples: int) -> Workspace:
+        """The workspace for so many samples."""
+        if n_samples not in self._workspaces:
+            self._workspaces[n_samples] = Workspace(self._stacks, self._flat_grad, n_samples)
+        return self._workspaces[n_samples]
 
 
 def _join(flat: th.Tensor, parts: list[Any]) -> th.Tensor:

@@ -6,7 +6,10 @@ round. Run it with ``python -m benchmarks.speed``, about 20 minutes; nothing els
 """
 
 import argparse
+import cProfile
 import importlib.util
+import io
+import pstats
 import subprocess
 import sys
 import time
@@ -289,6 +292,25 @@ def environment_share(measurements: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def profile() -> str:
+    """Where the time of ours goes at the defaults: a table of functions by their own time, for each half of training."""
+    algorithm = sb3_ppo_variants.PPO("MlpPolicy", make_vec_env("HalfCheetah-v5", 1, seed=0), seed=0, device="cpu")
+    model = algorithm.learn(N_ROLLOUT)
+    callback = model._init_callback(None)
+    assert model.env is not None
+    halves = {
+        "collect_rollouts()": partial(model.collect_rollouts, model.env, callback, model.rollout_buffer, N_ROLLOUT),
+        "train()": model.train,
+    }
+    texts = []
+    for title, function in halves.items():
+        profiler, stream = cProfile.Profile(), io.StringIO()
+        profiler.runcall(function)
+        pstats.Stats(profiler, stream=stream).strip_dirs().sort_stats("tottime").print_stats(25)
+        texts.append(f"{title} with HalfCheetah-v5 and the defaults\n{stream.getvalue()}")
+    return "\n".join(texts)
+
+
 PARTS = {"whole": whole_runs, "updates": updates, "rollouts": rollouts, "processes": processes}
 
 
@@ -325,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = summarize(measurements)
     summary.to_csv(options.output / "summary.csv", index=False)
     draw_speed(measurements, options.output / "speed.png")
+    (options.output / "profile.txt").write_text(profile(), encoding="utf-8")
     table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
     text = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
     share = environment_share(measurements) if "whole" in options.parts else ""

@@ -270,6 +270,7 @@ class PPO(stable_baselines3.PPO):
         stats = UpdateStats(coefs, trust_region, keep_kls=watched)
         self._update_hooks.on_update_start(self.num_timesteps)
         engine = self._engine_choice.engine(self, coefs, trust_region)
+        hooked = bool(self._update_hooks)
 
         try:
             while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
@@ -278,14 +279,16 @@ class PPO(stable_baselines3.PPO):
                     if not self._within_target_kl(stats):
                         break
                     stats.add(engine.backward())
-                    engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
+                    if hooked:
+                        engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
                     if stats.policy_stopped:
                         break  # type: ignore[unreachable]  # hooks set it
                     engine.step()
                     stats.gradient_steps += 1
                 else:
                     stats.epochs_completed += 1
-                    engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
+                    if hooked:
+                        engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
                 self._n_updates += 1
             self._train_critic(engine, stats)
         finally:
@@ -303,8 +306,6 @@ class PPO(stable_baselines3.PPO):
 
         :return: the engine that goes on
         """
-        if not self._update_hooks:
-            return engine
         engine.publish()
         try:
             hooks(stats)

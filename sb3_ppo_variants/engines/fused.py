@@ -21,6 +21,7 @@ from sb3_ppo_variants.engines.reasons import why_not_fused
 from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize, ppo_loss, value_loss
 from sb3_ppo_variants.rollout import Minibatch, policy_actions
 
+ONE, NORM_EPS = np.float32(1), np.float32(1e-6)
 LARGE_MINIBATCH = 2**14
 """Samples from which on torch may share out the statistics of a minibatch among threads."""
 
@@ -106,6 +107,7 @@ class FusedEngine(Engine):
         self._latest: _Part | None = None
         self._retired = False
         clip_range = self._coefs.clip_range or 0.0
+        self._max_norm = np.float32(self._max_grad_norm)
         self._ratio_range = np.float32(1 - clip_range), np.float32(1 + clip_range)
         self._fetch_values()
 
@@ -173,7 +175,7 @@ class FusedEngine(Engine):
             self._head.forward(outputs[0])
             log_prob = self._head.log_prob(epoch.actions[rows])
             log_ratio = log_prob - epoch.old_log_prob[rows]
-            self._ratio = th.from_numpy(log_ratio).exp().numpy()
+            self._ratio = _exp(log_ratio)
             if not coefs.critic_apart:
                 self._new_values = values = outputs[1][:, 0].copy()
                 self._vf_coef = coefs.vf_coef
@@ -230,8 +232,7 @@ class FusedEngine(Engine):
                 self._at_work.d_outputs[-1][:, 0] = self._d_values()
             self._at_work.backward()
             norm = th.linalg.vector_norm(th.stack(th._foreach_norm(part.grads)))
-            # As torch computes `max_grad_norm / (norm + 1e-6)`: by way of the reciprocal.
-            scale = np.float32(1) / (norm.numpy() + np.float32(1e-6)) * np.float32(self._max_grad_norm)
+            scale = ONE / (norm.numpy() + NORM_EPS) * self._max_norm  # as torch divides a number by a tensor
             if not scale >= 1:
                 np.multiply(part.flat_grad, scale, out=part.flat_grad)
         return {"grad_norm": norm}
@@ -240,7 +241,7 @@ class FusedEngine(Engine):
         """At r, of -mean(r A), or of -mean(min(r A, clip(r) A)); where both are equal, each gets half of the gradient."""
         ratio = self._ratio
         advantages = self._minibatch.epoch.advantages[self._minibatch.rows]
-        d_surrogate: np.ndarray = (np.float32(-1) / np.float32(len(ratio))) * advantages
+        d_surrogate: np.ndarray = (-ONE / np.float32(len(ratio))) * advantages
         if self._coefs.clip_range is None:
             return d_surrogate
         low, high = self._ratio_range
@@ -332,6 +333,13 @@ class FusedEngine(Engine):
 
     def _fetch_values(self) -> None:
         th._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
+
+
+def _exp(array: np.ndarray) -> np.ndarray:
+    """``torch.exp``, in its bits."""
+    result = np.empty_like(array)
+    th.exp(th.from_numpy(array), out=th.from_numpy(result))
+    return result
 
 
 def normalize_each(advantages: np.ndarray, batch_size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ then entropy, then log-probability.
 """
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ class GaussianHead(Head):
         self._log_std = log_std
         self._log_std_array = log_std.numpy()
         self._log_std_bytes = b""
+        self._exp, self._log = th.empty_like(log_std), th.empty_like(log_std)
         self._log_std_grad = None if log_std_grad is None else log_std_grad.numpy()
         self._epsilon = th.empty(0)
         self._sums: dict[tuple[int, int], _Sums] = {}
@@ -109,8 +111,9 @@ class GaussianHead(Head):
         self._mean = output
         if self._log_std_array.tobytes() != self._log_std_bytes:
             self._log_std_bytes = self._log_std_array.tobytes()
-            sigma = self._log_std.exp()
-            self._sigma, self.dispersion = sigma.numpy(), sigma.log().numpy()
+            th.exp(self._log_std, out=self._exp)
+            th.log(self._exp, out=self._log)
+            self._sigma, self.dispersion = self._exp.numpy(), self._log.numpy().copy()
             self._two_var = 2 * (self._sigma * self._sigma)
 
     def params(self) -> GaussianParams:
@@ -190,16 +193,17 @@ class CategoricalHead(Head):
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
-        self._splits = np.cumsum(sizes)[:-1]
+        self._bounds = [slice(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        self._at_work: dict[int, list[_Categorical]] = {}
 
     def forward(self, output: np.ndarray) -> None:
-        """The outputs are logits l, side by side; ln p = l - ln sum exp l."""
-        if len(self._sizes) == 1:
-            self.dispersion = output - _logsumexp(output)
-            self._log_probs = [self.dispersion]
-        else:
-            self._log_probs = [logits - _logsumexp(logits) for logits in np.split(output, self._splits, axis=1)]
-            self.dispersion = np.concatenate(self._log_probs, axis=1)
+        """The outputs are logits, side by side."""
+        n_samples = len(output)
+        if n_samples not in self._at_work:
+            self._at_work[n_samples] = [_Categorical(n_samples, size) for size in self._sizes]
+        self._parts = self._at_work[n_samples]
+        log_probs = [part.forward(output[:, columns]) for part, columns in zip(self._parts, self._bounds, strict=True)]
+        self.dispersion = log_probs[0] if len(log_probs) == 1 else np.concatenate(log_probs, axis=1)
 
     def params(self) -> CategoricalParams:
         """All ln p."""
@@ -207,15 +211,14 @@ class CategoricalHead(Head):
 
     def sample(self) -> np.ndarray:
         """As many draws as there are distributions."""
-        draws = [_multinomial(th.from_numpy(log_probs).softmax(dim=-1)) for log_probs in self._log_probs]
+        draws = [part.sample() for part in self._parts]
         return draws[0] if len(draws) == 1 else np.stack(draws, axis=1)
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:
         """Ln p(a), summed over the distributions."""
-        self._rows = np.arange(len(actions))
-        self._actions = actions.astype(np.int64).reshape(len(actions), -1).T
-        chosen = [lp[self._rows, a] for lp, a in zip(self._log_probs, self._actions, strict=True)]
-        return chosen[0] if len(chosen) == 1 else _sum(np.stack(chosen, axis=1), axis=1)
+        columns = actions.astype(np.int64).reshape(len(actions), -1).T
+        log_probs = [part.log_prob(column) for part, column in zip(self._parts, columns, strict=True)]
+        return log_probs[0] if len(log_probs) == 1 else _sum(np.stack(log_probs, axis=1), axis=1)
 
     def entropy(self, dispersions: Sequence[np.ndarray], n_samples: int) -> th.Tensor:
         """- sum p ln p, summed over the distributions."""
@@ -233,21 +236,66 @@ class CategoricalHead(Head):
         self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None, d_output: np.ndarray
     ) -> None:
         """At the logits."""
-        d_logits = np.split(d_output, self._splits, axis=1)
-        d_kls = None if d_kl is None else np.split(-(d_kl * self._old_probs), self._splits, axis=1)
-        for index, log_probs in enumerate(self._log_probs):
-            d_log_probs = [] if d_kls is None else [d_kls[index]]
-            if d_entropy is not None:
-                probs = th.from_numpy(log_probs).softmax(dim=-1)
-                d_product = -d_entropy
-                d_probs = th.from_numpy(d_product * log_probs)
-                through_probs = th._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-                d_log_probs += [through_probs.numpy(), d_product * probs.numpy()]
-            d_chosen = np.zeros(log_probs.shape, dtype=np.float32)
-            d_chosen[self._rows, self._actions[index]] = d_log_prob
-            d_normalized = functools.reduce(np.add, [*d_log_probs, d_chosen])
-            d_lse = _sum(-d_normalized, axis=-1)[:, None]
-            np.add(d_normalized, d_lse * th.from_numpy(log_probs).exp().numpy(), out=d_logits[index])
+        d_kls = None if d_kl is None else -(d_kl * self._old_probs)
+        for part, columns in zip(self._parts, self._bounds, strict=True):
+            part.backward(d_log_prob, d_entropy, None if d_kls is None else d_kls[:, columns], d_output[:, columns])
+
+
+class _Categorical:
+    """
+    One categorical distribution at work on ``b`` states.
+
+    :param n_samples: b
+    :param size: number of actions
+    """
+
+    def __init__(self, n_samples: int, size: int) -> None:
+        self._rows = np.arange(n_samples)
+        self._shifted, self._shifted_array = _shared(n_samples, size)
+        self._total, self._total_array = _shared(n_samples, 1)
+        self._arrivals, self._arrivals_array = _shared(n_samples, size)
+
+    def forward(self, logits: np.ndarray) -> np.ndarray:
+        """Ln p = l - ln sum exp l, by way of the largest l, as ``torch.logsumexp``; shape (b, size)."""
+        largest = logits.max(axis=1, keepdims=True)
+        np.subtract(logits, largest, out=self._shifted_array)
+        th.exp(self._shifted, out=self._shifted)
+        th.sum(self._shifted, 1, keepdim=True, out=self._total)
+        th.log(self._total, out=self._total)
+        self._log_probs: np.ndarray = logits - (self._total_array + largest)
+        return self._log_probs
+
+    def sample(self) -> np.ndarray:
+        """The first arrival of Poisson processes with rates p, which is what ``torch.multinomial`` draws; shape (b,)."""
+        probs: np.ndarray = th.from_numpy(self._log_probs).softmax(-1).numpy()
+        self._arrivals.exponential_()
+        actions: np.ndarray = np.divide(probs, self._arrivals_array, out=probs).argmax(axis=1)
+        return actions
+
+    def log_prob(self, actions: np.ndarray) -> np.ndarray:
+        """Ln p(a), shape (b,)."""
+        self._actions = actions
+        chosen: np.ndarray = self._log_probs[self._rows, actions]
+        return chosen
+
+    def backward(
+        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.ndarray | None, d_logits: np.ndarray
+    ) -> None:
+        """As :meth:`Head.backward`, but for ``d_kl``, which is the gradient at ln p, shape (b, size)."""
+        log_probs = th.from_numpy(self._log_probs)
+        d_log_probs = [] if d_kl is None else [d_kl]
+        if d_entropy is not None:
+            probs = log_probs.softmax(dim=-1)
+            d_product = -d_entropy
+            through_probs = th._softmax_backward_data(th.from_numpy(d_product * self._log_probs), probs, -1, probs.dtype)
+            d_log_probs += [through_probs.numpy(), d_product * probs.numpy()]
+        d_chosen = np.zeros(log_probs.shape, dtype=np.float32)
+        d_chosen[self._rows, self._actions] = d_log_prob
+        d_normalized = functools.reduce(np.add, [*d_log_probs, d_chosen])
+        np.negative(d_normalized, out=self._shifted_array)
+        th.sum(self._shifted, 1, keepdim=True, out=self._total)
+        th.exp(log_probs, out=self._shifted)
+        np.add(d_normalized, self._total_array * self._shifted_array, out=d_logits)
 
 
 class BernoulliHead(Head):
@@ -327,7 +375,7 @@ def _cross_entropy(logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
 
 class _Sums:
     """
-    Sums over an axis, in torch's order, in memory that torch and NumPy share.
+    Sums over an axis, in torch's order.
 
     :param shape: of the terms
     :param axis: that is summed over
@@ -337,10 +385,8 @@ class _Sums:
     """To be written before the sums are asked for."""
 
     def __init__(self, shape: tuple[int, ...], axis: int) -> None:
-        terms = th.empty(shape)
-        sums = th.empty(shape[1 - axis])
-        self.terms = terms.numpy()
-        self._sums = sums.numpy()
+        terms, self.terms = _shared(*shape)
+        sums, self._sums = _shared(shape[1 - axis])
         self._add_up = functools.partial(th.sum, terms, axis, out=sums)
 
     def __call__(self) -> np.ndarray:
@@ -349,20 +395,13 @@ class _Sums:
         return self._sums
 
 
+def _shared(*shape: int) -> tuple[th.Tensor, np.ndarray]:
+    """Memory that torch and NumPy share: conversions would cost more than most operations on so few numbers."""
+    tensor = th.empty(shape)
+    return tensor, tensor.numpy()
+
+
 def _sum(array: np.ndarray, axis: int) -> np.ndarray:
     """A sum over an axis, in torch's order."""
     result: np.ndarray = th.from_numpy(array).sum(axis).numpy()
     return result
-
-
-def _logsumexp(logits: np.ndarray) -> np.ndarray:
-    """``torch.logsumexp`` over the last axis, which is kept, in its bits."""
-    largest = logits.max(axis=-1, keepdims=True)
-    total = th.from_numpy(logits - largest).exp_().sum(dim=-1, keepdim=True)
-    return total.log_().numpy() + largest  # type: ignore[no-any-return]
-
-
-def _multinomial(probs: th.Tensor) -> np.ndarray:
-    """``torch.multinomial`` for one draw: the first arrival of processes with these rates, by the same random numbers."""
-    arrivals = th.empty_like(probs).exponential_()
-    return np.argmax(probs.numpy() / arrivals.numpy(), axis=-1)  # type: ignore[no-any-return]

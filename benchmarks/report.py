@@ -142,6 +142,8 @@ def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
     }
     drawn = {measure: measurements[measurements["measure"] == measure] for measure in titles}
     drawn = {measure: group for measure, group in drawn.items() if len(group) > 0}
+    if not drawn:
+        return
     heights = [group.groupby(["setting", "algorithm"]).ngroups for group in drawn.values()]
     figure, axes = plt.subplots(
         len(drawn), 1, figsize=(9, 1.5 + 0.25 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False

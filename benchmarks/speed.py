@@ -298,7 +298,7 @@ def profile() -> str:
     model = algorithm.learn(N_ROLLOUT)
     callback = model._init_callback(None)
     assert model.env is not None
-    halves = {
+    halves: dict[str, Callable[[], Any]] = {
         "collect_rollouts()": partial(model.collect_rollouts, model.env, callback, model.rollout_buffer, N_ROLLOUT),
         "train()": model.train,
     }

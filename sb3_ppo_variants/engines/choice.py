@@ -101,7 +101,7 @@ class EngineChoice:
         gradients = []
         with undisturbed(policy):
             minibatch = next(iter(fused.minibatches(batch_size)))
-            for engine in (fused, eager):
+            for engine in (eager, fused):  # in this order, memory for both is never held at once
                 engine.forward(minibatch)
                 engine.backward()
                 engine.publish()

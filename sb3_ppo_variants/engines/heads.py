@@ -254,6 +254,7 @@ class _Categorical:
         self._shifted, self._shifted_array = _shared(n_samples, size)
         self._total, self._total_array = _shared(n_samples, 1)
         self._arrivals, self._arrivals_array = _shared(n_samples, size)
+        self._log_probs = self._shifted_array
 
     def forward(self, logits: np.ndarray) -> np.ndarray:
         """Ln p = l - ln sum exp l, by way of the largest l, as ``torch.logsumexp``; shape (b, size)."""
@@ -262,14 +263,15 @@ class _Categorical:
         th.exp(self._shifted, out=self._shifted)
         th.sum(self._shifted, 1, keepdim=True, out=self._total)
         th.log(self._total, out=self._total)
-        self._log_probs: np.ndarray = logits - (self._total_array + largest)
+        self._log_probs = logits - (self._total_array + largest)
         return self._log_probs
 
     def sample(self) -> np.ndarray:
         """The first arrival of Poisson processes with rates p, which is what ``torch.multinomial`` draws; shape (b,)."""
         probs: np.ndarray = th.from_numpy(self._log_probs).softmax(-1).numpy()
         self._arrivals.exponential_()
-        actions: np.ndarray = np.divide(probs, self._arrivals_array, out=probs).argmax(axis=1)
+        probs /= self._arrivals_array
+        actions: np.ndarray = probs.argmax(axis=1)
         return actions
 
     def log_prob(self, actions: np.ndarray) -> np.ndarray:

@@ -63,9 +63,9 @@ class PPO(stable_baselines3.PPO):
     :param n_value_epochs: ``None`` for SB3's joint update; else the number of passes over the rollout in which the
         critic is trained, with an optimiser of its own, after the policy's ``n_epochs`` (OpenAI Spinning Up's scheme)
     :param value_learning_rate: learning rate in those passes, a number or a schedule; ``None`` for ``learning_rate``
-    :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, for SB3's MLP
-        policies on the CPU with Adam, Gaussian or categorical actions and no passes of the critic's own (checked at each
-        update); ``"auto"``, by now, eager
+    :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, with rollouts
+        free of distribution objects, for SB3's MLP policies on the CPU with Adam (checked at each update); ``"auto"``: fused
+        where that is possible and the bits are seen to agree, else eager, with the reason printed at ``verbose=1``
     :raises TypeError: if one of the new arguments is of the wrong type
     :raises ValueError: if one of the new arguments has a value that is not allowed
     """

@@ -146,7 +146,13 @@ def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
         return
     heights = [group.groupby(["setting", "algorithm"]).ngroups for group in drawn.values()]
     figure, axes = plt.subplots(
-        len(drawn), 1, figsize=(9, 1.5 + 0.25 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+        len(drawn),
+        1,
+        figsize=(9, 1.5 + 0.25 * sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
     )
     for axis, (measure, group) in zip(axes[:, 0], drawn.items(), strict=True):
         by_turn = group.pivot(index=["setting", "turn"], columns="algorithm", values="value")
@@ -160,7 +166,7 @@ def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
             axis.barh(heights_of_bars, each["median"], xerr=whiskers, **style)
         axis.axvline(1, color="black", lw=1)
         axis.set(title=titles[measure], yticks=range(len(settings)), yticklabels=settings)
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set(xlabel="times as long as this package (bars: median of rounds; whiskers: smallest and largest)")
     figure.savefig(path, dpi=120)

@@ -188,6 +188,17 @@ def changed_in_place(model: stable_baselines3.PPO) -> None:
         parameter.data.add_(0.01)
 
 
+class Scaled(nn.Module):
+    def forward(self, weight: th.Tensor) -> th.Tensor:
+        return weight * 1.1
+
+
+def parametrized(model: stable_baselines3.PPO) -> None:
+    """The weight is no parameter any more, but computed from one."""
+    nn.utils.parametrize.register_parametrization(model.policy.action_net, "weight", Scaled())
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+
+
 def other_policy(model: stable_baselines3.PPO) -> None:
     space = model.observation_space
     model.policy = model.policy_class(space, model.action_space, model.lr_schedule)
@@ -203,6 +214,7 @@ CHANGES = [
     other_weights,
     other_data,
     changed_in_place,
+    parametrized,
     other_policy,
 ]
 

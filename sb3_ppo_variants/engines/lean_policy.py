@@ -31,12 +31,12 @@ class LeanPolicy:
         modules = [vars(module) for module in policy.modules()]
         self._modules, self._size = modules, sum(map(len, modules))
         self._n_hooks_ever = RemovableHandle.next_id
-        children = [(module["_modules"], name) for module in modules for name in module["_modules"]]
-        self._parents, self._names = zip(*children, (vars(policy), "action_dist"), strict=True)
-        self._children = list(map(dict.get, self._parents, self._names))
-        owned = [(module["_parameters"], name) for module in modules for name in module["_parameters"]]
-        self._owners, self._owned = zip(*owned, strict=True)
-        self._addresses = list(map(th.Tensor.data_ptr, map(dict.__getitem__, self._owners, self._owned)))
+        contents = [module[kind] for module in modules for kind in ("_parameters", "_modules")]
+        pairs = [(content, name) for content in contents for name in content]
+        self._contents, self._names = zip(*pairs, (vars(policy), "action_dist"), strict=True)
+        self._found = list(map(dict.get, self._contents, self._names))
+        self._parameters = list(policy.parameters())
+        self._addresses = list(map(th.Tensor.data_ptr, self._parameters))
 
     def is_current(self, policy: ActorCriticPolicy) -> bool:
         """Whether a policy is the one that was found, with its parameters and modules, and neither hooks nor methods more."""
@@ -44,8 +44,8 @@ class LeanPolicy:
             policy is self._policy
             and RemovableHandle.next_id == self._n_hooks_ever
             and sum(map(len, self._modules)) == self._size
-            and all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
-            and list(map(th.Tensor.data_ptr, map(dict.__getitem__, self._owners, self._owned))) == self._addresses
+            and all(map(operator.is_, map(dict.get, self._contents, self._names), self._found))
+            and list(map(th.Tensor.data_ptr, self._parameters)) == self._addresses
         )
 
     @np.errstate(all="ignore")

@@ -45,8 +45,10 @@ def test_every_new_argument_is_in_the_table() -> None:
     assert all(f"`{name}`" in table for name in keyword_only)
 
 
-def test_links_to_files_are_not_dead() -> None:
+def test_links_are_not_dead() -> None:
+    """Those to files, and those to headings of the README itself."""
     targets = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    headings = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in re.findall(r"^#+ (.+)$", README, re.M)}
     assert targets
     for target in targets:
-        assert (Path(__file__).parents[1] / target).exists(), target
+        assert target[1:] in headings if target.startswith("#") else (Path(__file__).parents[1] / target).exists(), target

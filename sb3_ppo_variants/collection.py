@@ -33,6 +33,7 @@ def collect_rollouts(
     self.policy.set_training_mode(False)
     n_steps = 0
     rollout_buffer.reset()
+    n_attributes = len(vars(rollout_buffer))
     callback.on_rollout_start()
 
     while n_steps < n_rollout_steps:
@@ -59,29 +60,33 @@ def collect_rollouts(
         n_steps += 1
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.reshape(-1, 1)
-        if dones.any():
-            _bootstrap_truncated(self, rewards, dones, infos)
-        _add(rollout_buffer, self._last_obs, actions, rewards, self._last_episode_starts, value_array, log_prob_array)
+
+        # Where an episode was cut off, its last state's value stands for the rest of the return (SB3 issue #633).
+        for idx, done in enumerate(dones):
+            info = infos[idx]
+            if done and info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+                terminal_obs: Any = self.policy.obs_to_tensor(info["terminal_observation"])[0]
+                with th.no_grad():
+                    terminal_value = self.policy.predict_values(terminal_obs)[0]
+                rewards[idx] += self.gamma * terminal_value
+
+        sample = (self._last_obs, actions, rewards, self._last_episode_starts)
+        if len(vars(rollout_buffer)) == n_attributes:
+            _add(rollout_buffer, *sample, value_array, log_prob_array)
+        else:  # a callback has put a method of its own into the buffer
+            rollout_buffer.add(*sample, values, log_probs)  # type: ignore[arg-type]
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
 
     with th.no_grad():
         values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-    compute_returns_and_advantage(rollout_buffer, values, dones)
+    if len(vars(rollout_buffer)) == n_attributes:
+        compute_returns_and_advantage(rollout_buffer, values, dones)
+    else:
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
-
-
-def _bootstrap_truncated(model: "PPO", rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-    """Add the value of the last state where an episode was cut off (SB3 issue #633)."""
-    for index in np.flatnonzero(dones):
-        info = infos[index]
-        if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
-            terminal_obs: Any = model.policy.obs_to_tensor(info["terminal_observation"])[0]
-            with th.no_grad():
-                terminal_value = model.policy.predict_values(terminal_obs)[0]
-            rewards[index] += model.gamma * terminal_value
 
 
 def _add(

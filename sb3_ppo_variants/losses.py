@@ -17,6 +17,10 @@ Metrics: TypeAlias = dict[str, th.Tensor]
 Mean: TypeAlias = Callable[[th.Tensor], th.Tensor]
 
 
+LARGE_MINIBATCH = 2**14
+"""Samples from which on torch may share out a sum over one minibatch among threads, which changes its order."""
+
+
 def mean_of_each(samples: th.Tensor) -> th.Tensor:
     """
     In place of ``th.mean``, for several minibatches at once, in the bits that each has alone.
@@ -24,6 +28,8 @@ def mean_of_each(samples: th.Tensor) -> th.Tensor:
     :param samples: of ``m`` minibatches, shape (m, b)
     :return: shape (m,)
     """
+    if samples.shape[-1] >= LARGE_MINIBATCH:
+        return th.stack([minibatch.mean() for minibatch in samples])
     return samples.mean(dim=-1)
 
 
@@ -103,6 +109,26 @@ def normalize(advantages: th.Tensor) -> th.Tensor:
     if len(advantages) == 1:
         return advantages
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def normalize_each(advantages: th.Tensor, batch_size: int) -> th.Tensor:
+    """
+    :func:`normalize` of each minibatch, in the bits that it has alone.
+
+    :param advantages: of an epoch, in its order, shape (n_samples,)
+    :param batch_size: samples a minibatch, the last one may have fewer
+    :return: shape (n_samples,)
+    """
+    n_rest = len(advantages) % batch_size
+    if batch_size == 1 or batch_size >= LARGE_MINIBATCH:
+        return th.cat([normalize(minibatch) for minibatch in th.split(advantages, batch_size)])
+    minibatches, rest = advantages[: len(advantages) - n_rest].view(-1, batch_size), advantages[len(advantages) - n_rest :]
+    mean = minibatches.mean(dim=1, keepdim=True)
+    # As torch's `std` of a vector: squares in float64, added up one after the other.
+    squares = (minibatches.double() - mean.double()).square().cumsum(dim=1)[:, -1:]
+    std = (squares / (batch_size - 1)).sqrt().float()
+    normalized = ((minibatches - mean) / (std + 1e-8)).flatten()
+    return th.cat([normalized, normalize(rest)]) if n_rest > 0 else normalized
 
 
 def surrogate(ratio: th.Tensor, advantages: th.Tensor, mean: Mean = th.mean) -> th.Tensor:

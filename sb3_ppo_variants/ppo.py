@@ -307,6 +307,7 @@ class PPO(stable_baselines3.PPO):
         :return: the engine that goes on
         """
         engine.publish()
+        stats.minibatch.gather()
         try:
             hooks(stats)
         finally:
@@ -424,7 +425,12 @@ class PPO(stable_baselines3.PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfPPO:
-        """SB3's."""
+        """
+        SB3's.
+
+        :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
+        """
+        self._engine_choice.check(self)
         outer = self._update_hooks  # of the `learn` whose callback may have called this one
         try:
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -31,6 +31,10 @@ class Minibatch:
         """Gathered when they are first asked for."""
         return self._gather()
 
+    def gather(self) -> None:
+        """Gather the samples, before somebody changes the rollout."""
+        self.samples  # noqa: B018
+
 
 def gathers_by_index(buffer: RolloutBuffer) -> bool:
     """Whether a buffer hands out minibatches as SB3's do: rows of the flattened rollout, just as they stand there."""
@@ -71,6 +75,19 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
             yield _gathered(samples, th.as_tensor(gathered.pop(), device=buffer.device))
     finally:
         vars(buffer).pop("_get_samples", None)
+
+
+def flatten(buffer: RolloutBuffer) -> None:
+    """
+    Give a buffer's arrays the order of the minibatches' indices, as ``RolloutBuffer.get`` does when it is first called.
+
+    :param buffer: a full rollout buffer
+    """
+    assert buffer.full, ""
+    if not buffer.generator_ready:
+        for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
+            vars(buffer)[name] = buffer.swap_and_flatten(vars(buffer)[name])
+        buffer.generator_ready = True
 
 
 def _gathered(samples: RolloutBufferSamples, indices: th.Tensor | None) -> Minibatch:

@@ -84,6 +84,8 @@ class UpdateStats:
 
     def add(self, metrics: Metrics) -> None:
         """Append metrics of the latest minibatch, each of shape ()."""
+        if metrics.keys() != {"grad_norm"}:  # which is never left for later: all others have to wait for their turn
+            self._measure_metrics()
         for name, metric in metrics.items():
             self._history.setdefault(name, []).append(_Record(self.epochs_completed, metric))
 
@@ -192,7 +194,7 @@ class UpdateStats:
 
         :raises KeyError: if there is no such metric
         """
-        return float(np.mean(self.series(name).astype(np.float64)))
+        return np.float64(np.mean(self.series(name).astype(np.float64)))  # SB3 logs this type, too
 
     def measure(self) -> Displacement:
         """

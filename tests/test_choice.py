@@ -94,6 +94,23 @@ def test_falls_back_where_the_gradients_bits_differ(
     assert "FusedEngine" in used
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda engine: engine._part is engine._critic, lambda engine: len(engine._columns.order) != 16]
+)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_looks_at_the_critics_steps_and_at_truncated_minibatches(
+    wrong: Any, used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FusedEngine._d_values
+
+    def d_values(self: Any) -> np.ndarray:
+        return original(self) * (1.5 if wrong(self) else 1)
+
+    monkeypatch.setattr(FusedEngine, "_d_values", d_values)
+    learn(n_value_epochs=2, n_steps=20)
+    assert "FusedEngine" not in used
+
+
 def test_falls_back_where_the_actions_bits_differ(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     original = GaussianHead.sample
     monkeypatch.setattr(GaussianHead, "sample", lambda self: np.nextafter(original(self), np.float32(np.inf)))
@@ -104,24 +121,26 @@ def test_falls_back_where_the_actions_bits_differ(used: list[str], monkeypatch: 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 def test_looks_at_the_bits_once_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first and the last minibatch of an epoch, on the whole loss and on the critic's."""
     looks = []
     original = EagerEngine.backward
     monkeypatch.setattr(EagerEngine, "backward", lambda self: looks.append(1) or original(self))
     model = learn(3)
-    assert len(looks) == 1
+    assert len(looks) == 4
     model.batch_size = 12
     model.learn(2 * ROLLOUT)
-    assert len(looks) == 2
+    assert len(looks) == 8
     model.ent_coef = 0.01
     model.learn(2 * ROLLOUT)
-    assert len(looks) == 3
+    assert len(looks) == 12
     th.set_num_threads(2 if th.get_num_threads() == 1 else 1)
     model.learn(2 * ROLLOUT)
-    assert len(looks) == 4
+    assert len(looks) == 16
 
 
 def test_looking_at_the_bits_leaves_no_trace() -> None:
     """No gradients, no random numbers: the first update is that of an engine which has not looked."""
-    models = [learn(1, engine=engine) for engine in ("auto", "fused")]
+    models = [learn(1, engine=engine, target_kl=-1.0) for engine in ("auto", "fused")]  # stops at the first minibatch
     assert_same_model(*models)
+    assert [[parameter.grad for parameter in model.policy.parameters()] for model in models] == [[None] * 13] * 2
     np.testing.assert_array_equal(models[0].rollout_buffer.observations, models[1].rollout_buffer.observations)

@@ -1,6 +1,7 @@
 """Lean rollouts: what SB3 collects, and what its callbacks see on the way, to the last bit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -13,12 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 import sb3_ppo_variants
 from sb3_ppo_variants.collection import compute_returns_and_advantage
 from sb3_ppo_variants.engines import LeanPolicy
-from tests.test_parity import N_ENVS, N_STEPS, Config, assert_same_model, assert_same_tensors, make_env, make_model
+from tests.test_parity import (
+    N_ENVS,
+    N_STEPS,
+    Config,
+    Journal,
+    assert_same_journal,
+    assert_same_model,
+    assert_same_tensors,
+    make_env,
+    make_model,
+)
 
 ALGORITHMS = (stable_baselines3.PPO, sb3_ppo_variants.PPO)
 
@@ -41,19 +54,16 @@ class Locals(BaseCallback):
     """Keeps all that SB3 shows at each step, and the buffer."""
 
     NAMES = (
-        *(
-            "obs_tensor",
-            "actions",
-            "clipped_actions",
-            "values",
-            "log_probs",
-            "new_obs",
-            "rewards",
-            "dones",
-            "infos",
-            "n_steps",
-        ),
-        *("n_rollout_steps",),
+        "obs_tensor",
+        "actions",
+        "clipped_actions",
+        "values",
+        "log_probs",
+        "new_obs",
+        "rewards",
+        "dones",
+        "infos",
+        "n_steps",
     )
 
     def __init__(self, stop_at: int = 10**9) -> None:
@@ -122,13 +132,13 @@ def test_shows_callbacks_what_sb3_shows(name: str, n_threads: int, lean_steps: l
 
 
 def test_every_sb3_name_is_among_the_locals() -> None:
-    """But for those of the loop over environments that have ended an episode."""
     names = []
     for algorithm in ALGORITHMS:
         callback = Locals()
-        make_model(algorithm, Config()).learn(N_STEPS * N_ENVS, callback=callback)
+        make_model(algorithm, Config()).learn(2 * N_STEPS * N_ENVS, callback=callback)
         names.append(set(callback.locals))
-    assert names[0] - names[1] <= {"idx", "done", "terminal_obs", "terminal_value"}
+    assert {"idx", "done", "terminal_obs", "terminal_value"} <= names[0]
+    assert names[0] <= names[1]
 
 
 def test_stops_where_sb3_stops() -> None:
@@ -199,6 +209,55 @@ def parametrized(model: stable_baselines3.PPO) -> None:
     model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
 
 
+def other_slope(model: stable_baselines3.PPO) -> None:
+    model.policy.mlp_extractor.policy_net[1].negative_slope = 0.9
+
+
+def other_activation(model: stable_baselines3.PPO) -> None:
+    model.policy.mlp_extractor.policy_net[1] = nn.ReLU()
+
+
+def own_sampling(model: stable_baselines3.PPO) -> None:
+    distribution = model.policy.action_dist
+    distribution.sample = lambda: 0.5 * type(distribution).sample(distribution)  # type: ignore[method-assign]
+
+
+def own_method_in_a_module(model: stable_baselines3.PPO) -> None:
+    extractor = model.policy.mlp_extractor
+    extractor.forward_actor = lambda features: extractor.policy_net(0.9 * features)  # type: ignore[method-assign]
+    extractor.forward = lambda features: (extractor.forward_actor(features), extractor.forward_critic(features))  # type: ignore[method-assign]
+
+
+class Halved(ActorCriticPolicy):
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        return super().forward(0.5 * obs, deterministic)
+
+
+def other_class(model: stable_baselines3.PPO) -> None:
+    model.policy.__class__ = Halved
+
+
+def own_buffer_method(model: stable_baselines3.PPO) -> None:
+    buffer = model.rollout_buffer
+    buffer.add = lambda obs, *rest: type(buffer).add(buffer, 0.9 * obs, *rest)  # type: ignore[method-assign]
+
+
+def shared_layer(model: stable_baselines3.PPO) -> None:
+    extractor = model.policy.mlp_extractor
+    extractor.value_net[0].weight = extractor.policy_net[0].weight
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+
+
+def shared_memory(model: stable_baselines3.PPO) -> None:
+    extractor = model.policy.mlp_extractor
+    extractor.value_net[0].weight.data = extractor.policy_net[0].weight.data
+
+
+def columns_first(model: stable_baselines3.PPO) -> None:
+    weight = model.policy.mlp_extractor.policy_net[2].weight
+    weight.data = weight.data.t().contiguous().t()
+
+
 def other_policy(model: stable_baselines3.PPO) -> None:
     space = model.observation_space
     model.policy = model.policy_class(space, model.action_space, model.lr_schedule)
@@ -215,8 +274,18 @@ CHANGES = [
     other_data,
     changed_in_place,
     parametrized,
+    other_slope,
+    other_activation,
+    own_sampling,
+    own_method_in_a_module,
+    other_class,
+    own_buffer_method,
+    shared_layer,
+    shared_memory,
+    columns_first,
     other_policy,
 ]
+LEAKY = Config(kwargs={"policy_kwargs": {"activation_fn": partial(nn.LeakyReLU, 0.1)}})
 
 
 class ChangeInMidRollout(BaseCallback):
@@ -231,19 +300,24 @@ class ChangeInMidRollout(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("at", [1, N_STEPS + 7])
+@pytest.mark.parametrize("at", [0, 1, N_STEPS + 7])
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:the exact KL is not logged")
 def test_does_what_users_have_put_into_the_policy(change: Callable[[stable_baselines3.PPO], None], at: int) -> None:
-    """From the step on which a callback puts it there."""
+    """From the step on which a callback puts it there, or before training."""
     models = []
     for algorithm in ALGORITHMS:
-        model = make_model(algorithm, Config())
+        model = make_model(algorithm, LEAKY)
+        if at == 0:
+            change(model)
         model.learn(3 * N_STEPS * N_ENVS, callback=ChangeInMidRollout(change, at))
         models.append(model)
     assert_same_model(*reversed(models))
 
 
 class ChangeInMidUpdate(sb3_ppo_variants.UpdateCallback):
+    """Doesn't look at the statistics, which would make them complete."""
+
     def __init__(self, change: Callable[[stable_baselines3.PPO], None]) -> None:
         super().__init__()
         self.change = change
@@ -253,19 +327,91 @@ class ChangeInMidUpdate(sb3_ppo_variants.UpdateCallback):
             self.change(self.model)
         return True
 
+    def _on_update_end(self, stats: sb3_ppo_variants.UpdateStats) -> None:
+        self.logger.record("test/losses", list(stats.series("loss")))
+
 
 def without_gradient(model: stable_baselines3.PPO) -> None:
     model.policy.log_std.grad = None
 
 
-@pytest.mark.parametrize("change", [*(change for change in CHANGES if change is not other_policy), without_gradient])
+def other_rollout(model: stable_baselines3.PPO) -> None:
+    model.rollout_buffer.advantages *= 0.5
+    model.rollout_buffer.returns = model.rollout_buffer.returns + 1
+
+
+def other_precision(model: stable_baselines3.PPO) -> None:
+    model.rollout_buffer.log_probs = 1.1 * model.rollout_buffer.log_probs.astype(np.float64)
+
+
+def other_rule(model: stable_baselines3.PPO) -> None:
+    model.policy.optimizer = th.optim.SGD(model.policy.parameters(), lr=1e-3)
+
+
+UNCOMPARABLE = (other_policy, other_class, own_buffer_method, own_sampling)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(change for change in CHANGES if change not in UNCOMPARABLE),
+        *(without_gradient, other_rollout, other_precision, other_rule),
+    ],
+)
 def test_does_what_hooks_have_put_into_the_policy(change: Callable[[stable_baselines3.PPO], None]) -> None:
+    """And tells the same of it."""
+    models, journals = [], []
+    for engine in ("auto", "eager"):
+        model = make_model(sb3_ppo_variants.PPO, Config(kwargs={**LEAKY.kwargs, "engine": engine}))
+        journal = Journal()
+        model.set_logger(Logger(folder=None, output_formats=[journal]))
+        model.learn(2 * N_STEPS * N_ENVS, callback=ChangeInMidUpdate(change))
+        model.logger.dump()
+        models.append(model)
+        journals.append(journal)
+    assert_same_model(*models)
+    assert_same_journal(*journals)
+    assert "test/losses" in journals[0].lines[-1]
+
+
+def test_steps_what_hooks_have_given_a_gradient() -> None:
+    """Also parameters that the loss doesn't reach."""
+
+    class Push(sb3_ppo_variants.UpdateCallback):
+        def _on_minibatch(self, stats: sb3_ppo_variants.UpdateStats) -> bool:
+            parameter = self.model.policy.value_net.weight
+            parameter.grad = th.ones_like(parameter)
+            return True
+
     models = []
     for engine in ("auto", "eager"):
-        model = make_model(sb3_ppo_variants.PPO, Config(kwargs={"engine": engine}))
-        model.learn(2 * N_STEPS * N_ENVS, callback=ChangeInMidUpdate(change))
-        models.append(model)
+        model = make_model(sb3_ppo_variants.PPO, Config(kwargs={"engine": engine, "n_value_epochs": 2}))
+        models.append(model.learn(2 * N_STEPS * N_ENVS, callback=Push()))
     assert_same_model(*models)
+
+
+@pytest.mark.parametrize("keep", ["log_ratio", "kl", "minibatch"])
+def test_what_hooks_keep_stays_what_it_was(keep: str) -> None:
+    class Keep(sb3_ppo_variants.UpdateCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[Any] = []
+
+        def _on_minibatch(self, stats: sb3_ppo_variants.UpdateStats) -> bool:
+            self.kept.append(getattr(stats, keep))
+            return True
+
+        def _on_epoch_end(self, stats: sb3_ppo_variants.UpdateStats) -> bool:
+            self.model.rollout_buffer.advantages *= 0.5
+            return True
+
+    kept = []
+    for engine in ("auto", "eager"):
+        callback = Keep()
+        model = make_model(sb3_ppo_variants.PPO, Config(action="discrete", kwargs={"engine": engine}))
+        model.learn(2 * N_STEPS * N_ENVS, callback=callback)
+        kept.append([list(each.samples) if keep == "minibatch" else each for each in callback.kept])
+    assert_same_tensors(*kept)
 
 
 def patched_class(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -281,17 +427,48 @@ def test_does_what_users_have_put_into_sb3(name: str, monkeypatch: pytest.Monkey
     assert_same_model(*reversed(models))
 
 
-@pytest.mark.parametrize("name", ["train", "collect_rollouts"])
-def test_calls_what_users_override(name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((RolloutBuffer, name) for name in ("add", "get", "compute_returns_and_advantage", "swap_and_flatten")),
+        (th.optim.Adam, "step"),
+    ],
+)
+def test_calls_what_users_have_put_into_libraries(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
+    original = getattr(kind, name)
 
-    def override(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def own(*args: Any, **kwargs: Any) -> Any:
         called.append(name)
-        return getattr(sb3_ppo_variants.PPO, name)(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    own = type("Own", (sb3_ppo_variants.PPO,), {name: override})
-    make_model(own, Config()).learn(2 * N_STEPS * N_ENVS)
-    assert called == [name, name]
+    monkeypatch.setattr(kind, name, staticmethod(own) if name == "swap_and_flatten" else own)
+    counts = []
+    for algorithm in ALGORITHMS:
+        called.clear()
+        make_model(algorithm, Config()).learn(2 * N_STEPS * N_ENVS)
+        counts.append(len(called))
+    assert counts[1] >= counts[0] > 0
+
+
+@pytest.mark.parametrize("name", ["train", "collect_rollouts"])
+def test_does_what_users_override(name: str) -> None:
+    """Without a call of what they override."""
+
+    def train(self: stable_baselines3.PPO) -> None:
+        with th.no_grad():
+            for parameter in self.policy.parameters():
+                parameter.mul_(0.9)
+
+    def collect_rollouts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stable_baselines3.PPO.collect_rollouts(self, *args, **{**kwargs, "n_rollout_steps": N_STEPS}) and False
+
+    override = {"train": train, "collect_rollouts": collect_rollouts}[name]
+    models = []
+    for algorithm in ALGORITHMS:
+        own = type("Own", (algorithm,), {name: override})
+        models.append(make_model(own, Config()).learn(3 * N_STEPS * N_ENVS))
+    assert_same_model(*reversed(models))
 
 
 @pytest.mark.parametrize("method", ["add", "compute_returns_and_advantage"])
@@ -370,3 +547,49 @@ def test_refuses_nan_in_an_update_in_sb3s_words(action: str) -> None:
         assert th.isnan(model.policy.action_net.weight).all()
         messages.append(str(error.value))
     assert messages[1] == messages[0]
+
+
+def test_goes_on_with_nan_where_sb3_does() -> None:
+    """The random numbers, too, are those of one draw a step."""
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        models = []
+        for algorithm in ALGORITHMS:
+            env = make_env(Config(n_envs=1))
+            env.envs = [Poisoned(inner) for inner in env.envs]  # type: ignore[attr-defined]
+            env.seed(3)
+            model = algorithm("MlpPolicy", env, n_steps=N_STEPS, batch_size=12, n_epochs=2, seed=7, device="cpu")
+            model.learn(2 * N_STEPS)
+            models.append([model.rollout_buffer.actions.tobytes(), th.get_rng_state()])
+    finally:
+        th.distributions.Distribution.set_default_validate_args(True)
+    assert_same_tensors(*models)
+
+
+def test_refuses_a_buffer_that_is_not_full_as_sb3_does() -> None:
+    for algorithm in ALGORITHMS:
+        model = make_model(algorithm, Config())
+        model.n_steps = N_STEPS - 4
+        with pytest.raises(AssertionError):
+            model.learn(N_STEPS * N_ENVS)
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager", "fused"])
+def test_refuses_no_gradient_norm_as_sb3_does(engine: str) -> None:
+    model = make_model(sb3_ppo_variants.PPO, Config(kwargs={"engine": engine}))
+    model.max_grad_norm = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        model.learn(N_STEPS * N_ENVS)
+
+
+def test_the_default_dtype_may_change_after_construction() -> None:
+    models = []
+    try:
+        for algorithm in ALGORITHMS:
+            th.set_default_dtype(th.float32)
+            model = make_model(algorithm, Config())
+            th.set_default_dtype(th.float64)
+            models.append(model.learn(2 * N_STEPS * N_ENVS))
+    finally:
+        th.set_default_dtype(th.float32)
+    assert_same_model(*reversed(models))

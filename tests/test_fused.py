@@ -15,8 +15,7 @@ from torch import nn
 
 from sb3_ppo_variants import PPO, KLEarlyStoppingCallback, UpdateCallback, UpdateStats
 from sb3_ppo_variants.engines import FusedEngine
-from sb3_ppo_variants.engines.fused import normalize_each
-from sb3_ppo_variants.losses import clipped_surrogate, normalize
+from sb3_ppo_variants.losses import clipped_surrogate, normalize, normalize_each
 from tests.environments import RandomEnv
 from tests.test_parity import assert_same_tensors
 from tests.test_ppo import Watch, make
@@ -94,10 +93,10 @@ def visible(model: PPO) -> list[Any]:
     ]
 
 
-def assert_same_runs(**kwargs: Any) -> None:
+def assert_same_runs(engine: str = "fused", **kwargs: Any) -> None:
     eager = run("eager", **kwargs)
     state = th.get_rng_state(), np.random.get_state()[1].copy()
-    fused = run("fused", **kwargs)
+    fused = run(engine, **kwargs)
     assert_same_tensors(visible(fused), visible(eager))
     assert th.equal(th.get_rng_state(), state[0])
     np.testing.assert_array_equal(np.random.get_state()[1], state[1])
@@ -142,7 +141,9 @@ def test_trains_the_same_bits_with_other_activations(activation_fn: Any, net_arc
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
+    engine=st.sampled_from(["auto", "fused"]),
     n_threads=st.sampled_from([1, 2]),
+    normalize_advantage=st.booleans(),
     action=st.sampled_from(["box", "matrix", "discrete", "multi_discrete", "multi_binary"]),
     activation_fn=st.sampled_from([nn.Tanh, nn.ReLU, nn.Sigmoid]),
     n_value_epochs=st.sampled_from([None, None, 1]),
@@ -160,10 +161,10 @@ def test_trains_the_same_bits_with_other_activations(activation_fn: Any, net_arc
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 @pytest.mark.filterwarnings("ignore:kl_coef is saturated")
 def test_trains_the_same_bits_in_drawn_configurations(
-    n_threads: int, widths: list[int], activation_fn: type[nn.Module], **kwargs: Any
+    engine: str, n_threads: int, widths: list[int], activation_fn: type[nn.Module], **kwargs: Any
 ) -> None:
     th.set_num_threads(n_threads)
-    assert_same_runs(n_updates=2, policy_kwargs={"net_arch": widths, "activation_fn": activation_fn}, **kwargs)
+    assert_same_runs(engine, n_updates=2, policy_kwargs={"net_arch": widths, "activation_fn": activation_fn}, **kwargs)
 
 
 @pytest.mark.parametrize("action", ["box", "multi_discrete"])
@@ -255,7 +256,7 @@ def test_the_clipped_surrogates_gradient_is_autograds_at_the_edges(ratio: list[f
         _ratio=r.detach().numpy(),
         _ratio_range=(np.float32(0.8), np.float32(1.2)),
         _coefs=SimpleNamespace(clip_range=0.2),
-        _minibatch=SimpleNamespace(epoch=SimpleNamespace(advantages=a.numpy()), rows=slice(None)),
+        _columns=SimpleNamespace(advantages=a.numpy()),
     )
     assert r.grad is not None
     np.testing.assert_array_equal(FusedEngine._d_ratio(engine), r.grad.numpy())
@@ -265,7 +266,7 @@ def test_the_clipped_surrogates_gradient_is_autograds_at_the_edges(ratio: list[f
 def test_advantages_are_normalized_as_in_each_minibatch(n_samples: int, batch_size: int, scale: float, seed: int) -> None:
     advantages = (np.random.default_rng(seed).normal(0.3, 1, n_samples) * scale).astype(np.float32)
     minibatches = [normalize(th.from_numpy(part)) for part in np.split(advantages, range(batch_size, n_samples, batch_size))]
-    np.testing.assert_array_equal(normalize_each(advantages, batch_size), th.cat(minibatches).numpy())
+    assert th.equal(normalize_each(th.from_numpy(advantages), batch_size), th.cat(minibatches))
 
 
 class OwnPolicy(ActorCriticPolicy):

@@ -22,6 +22,7 @@ from sb3_ppo_variants.losses import (
     clipped_surrogate,
     entropy_loss,
     kl_penalty,
+    mean_of_each,
     normalize,
     ppo_loss,
     surrogate,
@@ -257,3 +258,11 @@ def test_gradient_of_the_whole_loss_against_finite_differences(variant: str, pol
                 parameter += step * direction
             difference = (ends[0] - ends[1]) / (2 * step)
             assert difference == pytest.approx((gradient * direction).sum().item(), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("n_samples", [1, 7, 64, 1000, 40_000])
+def test_the_mean_of_each_minibatch_is_its_own_mean(n_samples: int) -> None:
+    """To the last bit, also where torch shares out a long sum among threads."""
+    th.set_num_threads(2)
+    samples = th.randn(3, n_samples)
+    assert th.equal(mean_of_each(samples), th.stack([minibatch.clone().mean() for minibatch in samples]))

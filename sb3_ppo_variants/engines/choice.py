@@ -1,10 +1,13 @@
 """Which engine runs a model's updates, and whether its rollouts can be lean."""
 
+import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_variants.engines.eager import EagerEngine
 from sb3_ppo_variants.engines.engine import Engine
@@ -13,6 +16,7 @@ from sb3_ppo_variants.engines.lean_policy import LeanPolicy
 from sb3_ppo_variants.engines.reasons import why_not_fused, why_not_lean
 from sb3_ppo_variants.isolation import undisturbed
 from sb3_ppo_variants.losses import Coefficients
+from sb3_ppo_variants.rollout import Minibatch
 from sb3_ppo_variants.trust_region import TrustRegion
 
 if TYPE_CHECKING:
@@ -26,13 +30,13 @@ class EngineChoice:
     """
     Chooses by PPO's argument ``engine``.
 
-    ``"auto"`` takes the fused engine where all its operations are known, and where it is seen to give the bits of autograd: on
-    the first minibatch, and on the first observations, of each configuration. Libraries of linear algebra may order
-    their sums differently on another machine, in another version, or with another number of threads.
+    ``"auto"`` takes the fused engine where all its operations are known, and where it is seen to give the bits of autograd:
+    for each configuration, the gradients of an epoch's first and last minibatch, and the first actions, are compared.
+    Libraries of linear algebra may order their sums differently on another machine, in another version, for other shapes.
     """
 
     def __init__(self) -> None:
-        self._said = ""
+        self._said: set[str] = set()
         self._agreements: dict[str, tuple[Any, bool]] = {}
 
     def engine(self, model: "PPO", coefs: Coefficients, trust_region: TrustRegion | None) -> Engine:
@@ -49,9 +53,8 @@ class EngineChoice:
             return EagerEngine(*arguments)
         reason = self._why_not_fused(model)
         if reason is None:
-            fused = FusedEngine(*arguments)
-            if model.engine == "fused" or self._gradients_agree(fused, model.policy, model.batch_size, coefs):
-                return fused
+            if model.engine == "fused" or self._gradients_agree(arguments, model.batch_size):
+                return FusedEngine(*arguments)
             reason = "its gradients differ from autograd's in their last bits on this machine"
         self._say_why_eager(model, reason)
         return EagerEngine(*arguments)
@@ -72,12 +75,23 @@ class EngineChoice:
         :param model: the algorithm
         :param buffer: that will keep the rollout
         """
-        if model.engine == "eager" or model.use_sde or why_not_lean(model.policy, buffer) is not None:
+        if model.engine == "eager" or why_not_lean(model.policy, buffer) is not None:
             return None
         lean_policy = LeanPolicy(model.policy)
         if model.engine == "fused" or self._actions_agree(lean_policy, model):
             return lean_policy
+        self._say(model, "Collecting rollouts as SB3 does, as lean ones differ in their last bits on this machine")
         return None
+
+    def check(self, model: "PPO") -> None:
+        """
+        Refuse early what :meth:`engine` will refuse.
+
+        :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
+        """
+        reason = self._why_not_fused(model)
+        if model.engine == "fused" and reason is not None:
+            self._say_why_eager(model, reason)
 
     def _why_not_fused(self, model: "PPO") -> str | None:
         optimizers = [] if model.n_value_epochs is None or model.value_optimizer is None else [model.value_optimizer]
@@ -86,34 +100,38 @@ class EngineChoice:
     def _say_why_eager(self, model: "PPO", reason: str) -> None:
         if model.engine == "fused":
             raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
-        if model.verbose >= 1 and reason != self._said:
-            print(f"Using the eager engine, as {reason}")
-        self._said = reason
+        self._say(model, f"Using the eager engine, as {reason}")
 
-    def _gradients_agree(self, fused: FusedEngine, policy: Any, batch_size: int, coefs: Coefficients) -> bool:
-        """Whether the first minibatch's gradient is autograd's."""
-        terms = (coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl)
-        key = (policy, batch_size, th.get_num_threads(), coefs.critic_apart, *terms)
+    def _say(self, model: "PPO", text: str) -> None:
+        if model.verbose >= 1 and text not in self._said:
+            print(text)
+        self._said.add(text)
+
+    def _gradients_agree(self, arguments: Any, batch_size: int) -> bool:
+        """Whether the gradients of an epoch's first and last minibatch are autograd's, in each part of an update."""
+        policy, buffer, coefs = arguments[0], arguments[1], arguments[3]
+        terms = [coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl]
+        terms += [coefs.hinge_coef == 0, coefs.normalize_advantage, coefs.critic_apart]
+        key = (*map(id, policy.modules()), batch_size, th.get_num_threads(), *terms)
         if self._known("gradients", key):
             return self._agreements["gradients"][1]
         before = [parameter.grad for parameter in policy.parameters()]
-        eager = EagerEngine.taking_over(fused)
-        gradients = []
+        fused = FusedEngine(*arguments)
         with undisturbed(policy):
-            minibatch = next(iter(fused.minibatches(batch_size)))
-            for engine in (eager, fused):  # in this order, memory for both is never held at once
-                engine.forward(minibatch)
-                engine.backward()
-                engine.publish()
-                gradients.append([parameter.grad for parameter in policy.parameters()])
+            n_minibatches = -(-buffer.buffer_size * buffer.n_envs // batch_size)
+            last = itertools.islice(fused.minibatches(batch_size), n_minibatches - 1, None)
+            minibatches: list[Minibatch] = [next(fused.minibatches(batch_size)), next(last)]
+            # One engine after the other: memory for both is never held at once.
+            by_autograd = _gradients(EagerEngine(*arguments), minibatches, policy)
+            by_hand = _gradients(fused, minibatches, policy)
         for parameter, grad in zip(policy.parameters(), before, strict=True):
             parameter.grad = grad
-        return self._remember("gradients", key, all(map(_same_bits, *gradients)))
+        return self._remember("gradients", key, all(map(_same_bits, by_autograd, by_hand)))
 
     def _actions_agree(self, lean_policy: LeanPolicy, model: "PPO") -> bool:
         """Whether the first observations' actions, values and log-probabilities are the policy's own."""
         observations: Any = model._last_obs
-        key = (model.policy, len(observations), th.get_num_threads())
+        key = (*map(id, model.policy.modules()), len(observations), th.get_num_threads())
         if self._known("actions", key):
             return self._agreements["actions"][1]
         with undisturbed(model.policy):
@@ -128,6 +146,18 @@ class EngineChoice:
     def _remember(self, what: str, key: Any, agreement: bool) -> bool:
         self._agreements[what] = (key, agreement)
         return agreement
+
+
+def _gradients(engine: Engine, minibatches: list[Minibatch], policy: ActorCriticPolicy) -> list[th.Tensor | None]:
+    """At all parameters, of the loss and of the value loss alone, on each minibatch."""
+    gradients = []
+    for minibatch in minibatches:
+        for forward in (engine.forward, partial(engine.critic_forward, vf_coef=0.5)):
+            forward(minibatch)
+            engine.backward()
+            engine.publish()
+            gradients += [parameter.grad for parameter in policy.parameters()]
+    return gradients
 
 
 def _same_bits(one: th.Tensor | None, other: th.Tensor | None) -> bool:

@@ -20,6 +20,16 @@ class EagerEngine(Engine):
     _loss: th.Tensor
     _differentiated: list[th.nn.Parameter] | None
 
+    @classmethod
+    def taking_over(cls, engine: Engine) -> "EagerEngine":
+        """
+        One that goes on where another engine has stopped.
+
+        :param engine: whose state has been published
+        """
+        arguments = (engine._policy, engine._buffer, engine._action_space, engine._coefs, engine._max_grad_norm)
+        return cls(*arguments, engine._trust_region)
+
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """One pass over the rollout, in the order, and by the means, of its buffer."""
         return minibatches(self._buffer, batch_size)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -14,8 +14,6 @@ from sb3_ppo_variants.kl import DistributionParams
 from sb3_ppo_variants.losses import Coefficients, Metrics
 from sb3_ppo_variants.rollout import Minibatch
 from sb3_ppo_variants.trust_region import TrustRegion
-
-SelfEngine = TypeVar("SelfEngine", bound="Engine")
 
 
 class LazyMetrics(NamedTuple):
@@ -73,22 +71,6 @@ class Engine(ABC):
         self._coefs = coefs
         self._max_grad_norm = max_grad_norm
         self._trust_region = trust_region
-
-    @classmethod
-    def taking_over(cls: type[SelfEngine], engine: "Engine") -> SelfEngine:
-        """
-        An engine of this kind that goes on where another one has stopped.
-
-        :param engine: the other one, whose state has been published
-        """
-        return cls(
-            engine._policy,
-            engine._buffer,
-            engine._action_space,
-            engine._coefs,
-            engine._max_grad_norm,
-            engine._trust_region,
-        )
 
     @abstractmethod
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:

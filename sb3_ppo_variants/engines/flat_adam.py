@@ -99,14 +99,17 @@ class FlatAdam:
         self._stepping: tuple[int, int] | None = None
         self._runs: dict[int, _Run] = {}
 
-    def fetch(self) -> None:
-        """Take over the optimiser's state."""
+    def fetch(self) -> bool:
+        """Take over the optimiser's state; ``False`` if that is of another kind by now."""
+        if self._optimizer.param_groups[0]["amsgrad"] != ("max_exp_avg_sq" in self._moments):
+            return False
         states = [self._optimizer.state.get(parameter) or {} for parameter in self._parameters]
         self._steps = [float(state["step"]) if state else 0.0 for state in states]
         self._stepping, self._runs = None, {}
         for name, parts in self._views.items():
             for view, state in zip(parts, states, strict=True):
                 view.copy_(state[name]) if state else view.zero_()
+        return True
 
     def publish(self) -> None:
         """Write the state into the optimiser's."""

@@ -16,19 +16,18 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
 from sb3_ppo_variants.engines.flat_adam import FlatAdam, bounds, views
 from sb3_ppo_variants.engines.heads import make_head
-from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, policy_inputs
+from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, write_inputs
 from sb3_ppo_variants.engines.reasons import why_not_fused
-from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize, ppo_loss, value_loss
-from sb3_ppo_variants.rollout import Minibatch, policy_actions
+from sb3_ppo_variants.engines.watch import Watch
+from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize_each, ppo_loss, value_loss
+from sb3_ppo_variants.rollout import Minibatch, flatten, policy_actions
 
 ONE, NORM_EPS = np.float32(1), np.float32(1e-6)
-LARGE_MINIBATCH = 2**14
-"""Samples from which on torch may share out the statistics of a minibatch among threads."""
 
 
-class _Epoch(NamedTuple):
+class _Columns(NamedTuple):
     """
-    The rollout in the order of one epoch, but for its observations.
+    Samples of the rollout, but for their observations.
 
     :param order: indices in the flattened rollout, shape (n_samples,)
     :param actions: as the buffer keeps them, shape (n_samples, action_dim)
@@ -48,18 +47,15 @@ class _Epoch(NamedTuple):
 
 class FusedMinibatch(Minibatch):
     """
-    Consecutive samples of an epoch.
+    A minibatch as the fused engine wants it.
 
-    :param epoch: the epoch
-    :param rows: which of its samples
-    :param indices: where they stand in the flattened rollout, shape (b,)
+    :param columns: its samples
     :param buffer: the rollout
     """
 
-    def __init__(self, epoch: _Epoch, rows: slice, indices: th.Tensor, buffer: RolloutBuffer) -> None:
-        super().__init__(indices, lambda: buffer._get_samples(epoch.order[rows]))
-        self.epoch = epoch
-        self.rows = rows
+    def __init__(self, columns: _Columns, buffer: RolloutBuffer) -> None:
+        super().__init__(th.from_numpy(columns.order), lambda: buffer._get_samples(columns.order))
+        self.columns = columns
 
 
 class _Part(NamedTuple):
@@ -83,7 +79,7 @@ class _Part(NamedTuple):
 class _Evidence(NamedTuple):
     """What a minibatch's metrics are told from later."""
 
-    minibatch: FusedMinibatch
+    columns: _Columns
     values: np.ndarray | None
     log_prob: np.ndarray
     dispersion: np.ndarray
@@ -103,11 +99,13 @@ class FusedEngine(Engine):
         super().__init__(*args)
         self._lay_out()
         self._adams: dict[th.optim.Optimizer, FlatAdam] = {}
-        self._features: th.Tensor | None = None
+        self._watched = False
+        self._watch = Watch(self._policy)
+        self._optimizer = self._policy.optimizer
         self._latest: _Part | None = None
         self._retired = False
         clip_range = self._coefs.clip_range or 0.0
-        self._max_norm = np.float32(self._max_grad_norm)
+        self._max_norm = np.float32(float(self._max_grad_norm))
         self._ratio_range = np.float32(1 - clip_range), np.float32(1 + clip_range)
         self._fetch_values()
 
@@ -119,8 +117,8 @@ class FusedEngine(Engine):
         names = [*actors, *critics]
         self._parameters = [parameters[name] for name in names]
         edges = bounds(self._parameters)
-        flat_grad = th.zeros(edges[-1])
-        self._flat, self._flat_grad = th.zeros(edges[-1]), flat_grad
+        flat_grad = th.zeros(edges[-1], dtype=th.float32)
+        self._flat, self._flat_grad = th.zeros(edges[-1], dtype=th.float32), flat_grad
         self._values, self._grads = (views(flat, self._parameters) for flat in (self._flat, flat_grad))
         values, grads = (dict(zip(names, parts, strict=True)) for parts in (self._values, self._grads))
         actor, critic = actor_and_critic(self._policy, values, grads)
@@ -137,32 +135,32 @@ class FusedEngine(Engine):
         self._critic = part([critic], len(actors), len(names))
 
     def minibatches(self, batch_size: int) -> Iterator[FusedMinibatch]:
-        """SB3's permutation; all but the observations is gathered at once."""
+        """SB3's permutation; gathered at once, unless callbacks might change the rollout in between."""
+        flatten(self._buffer)
+        order = np.random.permutation(self._buffer.buffer_size * self._buffer.n_envs)
+        epoch = self._gather(order, batch_size)
+        for start in range(0, len(order), batch_size):
+            rows = slice(start, start + batch_size)
+            if self._watched:
+                yield FusedMinibatch(self._gather(order[rows], batch_size), self._buffer)
+            else:
+                yield FusedMinibatch(_Columns(*(column[rows] for column in epoch)), self._buffer)
+
+    def _gather(self, order: np.ndarray, batch_size: int) -> _Columns:
         buffer = self._buffer
-        n_samples = buffer.buffer_size * buffer.n_envs
-        order = np.random.permutation(n_samples)
-        if not buffer.generator_ready:
-            for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
-                vars(buffer)[name] = buffer.swap_and_flatten(vars(buffer)[name])
-            buffer.generator_ready = True
         columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
         old_values, old_log_prob, advantages, returns = (column.reshape(-1)[order] for column in columns)
         if self._coefs.normalize_advantage:
-            advantages = normalize_each(advantages, batch_size)
+            advantages = normalize_each(th.from_numpy(advantages), batch_size).numpy()
         actions = buffer.actions[order].astype(np.float32, copy=False)
-        epoch = _Epoch(order, actions, old_values, old_log_prob, advantages, returns)
-        for start, indices in zip(range(0, n_samples, batch_size), th.split(th.from_numpy(order), batch_size), strict=True):
-            yield FusedMinibatch(epoch, slice(start, start + len(indices)), indices, buffer)
+        return _Columns(order, actions, old_values, old_log_prob, advantages, returns)
 
     def _load(self, minibatch: Minibatch, part: _Part) -> Workspace:
         """Make a minibatch's observations the networks' inputs."""
         assert isinstance(minibatch, FusedMinibatch)
-        assert minibatch.indices is not None
-        if self._features is None:
-            self._features = policy_inputs(self._policy, th.as_tensor(self._buffer.observations))
-        self._minibatch, self._part = minibatch, part
-        self._at_work = at_work = part.networks.at_work(len(minibatch.indices))
-        th.index_select(self._features, 0, minibatch.indices, out=at_work.inputs)
+        self._columns, self._part = minibatch.columns, part
+        self._at_work = at_work = part.networks.at_work(len(self._columns.order))
+        write_inputs(self._policy, self._buffer.observations[self._columns.order], at_work.inputs)
         return at_work
 
     @np.errstate(all="ignore")
@@ -171,10 +169,10 @@ class FusedEngine(Engine):
         coefs, values, kl = self._coefs, None, None
         with th.inference_mode():
             outputs = self._load(minibatch, self._actor if coefs.critic_apart else self._joint).forward()
-            epoch, rows = self._minibatch.epoch, self._minibatch.rows
+            columns = self._columns
             self._head.forward(outputs[0])
-            log_prob = self._head.log_prob(epoch.actions[rows])
-            log_ratio = log_prob - epoch.old_log_prob[rows]
+            log_prob = self._head.log_prob(columns.actions)
+            log_ratio = log_prob - columns.old_log_prob
             self._ratio = _exp(log_ratio)
             if not coefs.critic_apart:
                 self._new_values = values = outputs[1][:, 0].copy()
@@ -186,7 +184,7 @@ class FusedEngine(Engine):
                 self._mean_kl = np.float32(kl.mean())
         if math.isnan(log_prob.dot(log_prob)):  # the fastest way to ask whether any is NaN
             self._raise_what_sb3_raises(minibatch)
-        evidence = _Evidence(self._minibatch, values, log_prob, self._head.dispersion, kl)
+        evidence = _Evidence(columns, values, log_prob, self._head.dispersion, kl)
         return Forward(log_ratio, self._head.params, LazyMetrics(len(log_prob), evidence, self._measure))
 
     def _raise_what_sb3_raises(self, minibatch: Minibatch) -> None:
@@ -198,26 +196,24 @@ class FusedEngine(Engine):
     @th.inference_mode()
     def _measure(self, evidence: Sequence[_Evidence]) -> Metrics:
         """The metrics of consecutive minibatches of equal size, by the reference's formulas."""
-        _, values, log_prob, dispersion, kl = zip(*evidence, strict=True)
-        epoch, n_samples = evidence[0].minibatch.epoch, len(log_prob[0])
-        rows = slice(evidence[0].minibatch.rows.start, evidence[-1].minibatch.rows.stop)
+        columns, values, log_prob, dispersion, kl = zip(*evidence, strict=True)
         new = Evaluation(
-            None if values[0] is None else th.from_numpy(np.stack(values)),
-            th.from_numpy(np.stack(log_prob)),
-            self._head.entropy(dispersion, n_samples),
+            None if values[0] is None else _stack(values),
+            _stack(log_prob),
+            self._head.entropy(dispersion, len(log_prob[0])),
             None if kl[0] is None else th.stack(kl),
         )
-        columns = (epoch.old_values, epoch.old_log_prob, epoch.advantages, epoch.returns)
-        old = Samples(*(th.from_numpy(column[rows]).view(-1, n_samples) for column in columns))
-        return ppo_loss(new, old, self._coefs._replace(normalize_advantage=False), mean_of_each)[1]
+        _, _, *old = zip(*columns, strict=True)
+        coefs = self._coefs._replace(normalize_advantage=False)
+        return ppo_loss(new, Samples(*map(_stack, old)), coefs, mean_of_each)[1]
 
     def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
         """The value loss, for a gradient at the critic's own parameters."""
         with th.inference_mode():
             values = self._load(minibatch, self._critic).forward()[0][:, 0]
             self._new_values, self._vf_coef = values, vf_coef
-            epoch, rows, nothing = self._minibatch.epoch, self._minibatch.rows, th.empty(0)
-            old = Samples(th.from_numpy(epoch.old_values[rows]), nothing, nothing, th.from_numpy(epoch.returns[rows]))
+            columns, nothing = self._columns, th.empty(0, dtype=th.float32)
+            old = Samples(th.from_numpy(columns.old_values), nothing, nothing, th.from_numpy(columns.returns))
             return {"value_loss": value_loss(th.from_numpy(values.copy()), old, self._coefs.clip_range_vf)}
 
     @np.errstate(all="ignore")
@@ -239,8 +235,7 @@ class FusedEngine(Engine):
 
     def _d_ratio(self) -> np.ndarray:
         """At r, of -mean(r A), or of -mean(min(r A, clip(r) A)); where both are equal, each gets half of the gradient."""
-        ratio = self._ratio
-        advantages = self._minibatch.epoch.advantages[self._minibatch.rows]
+        ratio, advantages = self._ratio, self._columns.advantages
         d_surrogate: np.ndarray = (-ONE / np.float32(len(ratio))) * advantages
         if self._coefs.clip_range is None:
             return d_surrogate
@@ -270,13 +265,12 @@ class FusedEngine(Engine):
     def _d_values(self) -> np.ndarray:
         """At V, of vf_coef mean((V - R)^2), where V is clipped to the old one's vicinity if wanted."""
         assert self._vf_coef is not None
-        epoch, rows, values = self._minibatch.epoch, self._minibatch.rows, self._new_values
-        returns, clip_range_vf = epoch.returns[rows], self._coefs.clip_range_vf
+        values, returns, clip_range_vf = self._new_values, self._columns.returns, self._coefs.clip_range_vf
         slope, vf_coef = np.float32(2 / len(values)), np.float32(self._vf_coef)
         if clip_range_vf is None:
             d_values: np.ndarray = slope * (values - returns) * vf_coef
             return d_values
-        low, high, old_values = np.float32(-clip_range_vf), np.float32(clip_range_vf), epoch.old_values[rows]
+        low, high, old_values = np.float32(-clip_range_vf), np.float32(clip_range_vf), self._columns.old_values
         move = values - old_values
         predicted = old_values + np.minimum(np.maximum(move, low), high)
         inside = (move >= low) & (move <= high)
@@ -314,25 +308,31 @@ class FusedEngine(Engine):
         if not self._can_go_on():
             self._retired = True
             return False
-        self._features = None
+        self._watched = True
         self._fetch_values()
         for parameter, grad in zip(self._parameters, self._grads, strict=True):
             if parameter.grad is not None:
                 grad.copy_(parameter.grad)
-        for adam in self._adams.values():
-            adam.fetch()
+        self._adams = {optimizer: adam for optimizer, adam in self._adams.items() if adam.fetch()}
         return True
 
     def _can_go_on(self) -> bool:
-        graded = [] if self._latest is None else self._parameters[self._latest.first : self._latest.last]
+        part = self._latest
+        with_gradient = self._parameters if part is None else self._parameters[part.first : part.last]
+        expected = {id(parameter) for parameter in with_gradient}
         return (
-            why_not_fused(self._policy, self._buffer, list(self._adams)) is None
-            and set(map(id, self._parameters)) == set(map(id, self._policy.parameters()))
-            and all(parameter.grad is not None for parameter in graded)
+            self._watch.is_current(self._policy)
+            and why_not_fused(self._policy, self._buffer, list(self._adams)) is None
+            and self._policy.optimizer is self._optimizer
+            and (part is None or all((p.grad is not None) == (id(p) in expected) for p in self._parameters))
         )
 
     def _fetch_values(self) -> None:
         th._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> th.Tensor:
+    return th.from_numpy(np.stack(arrays))
 
 
 def _exp(array: np.ndarray) -> np.ndarray:
@@ -340,24 +340,3 @@ def _exp(array: np.ndarray) -> np.ndarray:
     result = np.empty_like(array)
     th.exp(th.from_numpy(array), out=th.from_numpy(result))
     return result
-
-
-def normalize_each(advantages: np.ndarray, batch_size: int) -> np.ndarray:
-    """
-    :func:`~sb3_ppo_variants.losses.normalize` of each minibatch, in its bits.
-
-    :param advantages: of an epoch, in its order, shape (n_samples,)
-    :param batch_size: samples a minibatch, the last one may have fewer
-    """
-    n_rest = len(advantages) % batch_size
-    if batch_size == 1 or batch_size >= LARGE_MINIBATCH:
-        return th.cat([normalize(minibatch) for minibatch in th.split(th.from_numpy(advantages), batch_size)]).numpy()
-    rows = th.from_numpy(advantages[: len(advantages) - n_rest]).view(-1, batch_size)
-    mean = rows.mean(dim=1, keepdim=True)
-    # As torch's `std` of a vector: squares in float64, added up one after the other.
-    squares = (rows.double() - mean.double()).square().cumsum(dim=1)[:, -1:]
-    std = (squares / (batch_size - 1)).sqrt().float()
-    normalized: np.ndarray = ((rows - mean) / (std + 1e-8)).flatten().numpy()
-    if n_rest == 0:
-        return normalized
-    return np.concatenate([normalized, normalize(th.from_numpy(advantages[-n_rest:])).numpy()])

@@ -103,7 +103,7 @@ class GaussianHead(Head):
         self._log_std_bytes = b""
         self._exp, self._log = th.empty_like(log_std), th.empty_like(log_std)
         self._log_std_grad = None if log_std_grad is None else log_std_grad.numpy()
-        self._epsilon = th.empty(0)
+        self._epsilon = th.empty(0, dtype=th.float32)
         self._sums: dict[tuple[int, int], _Sums] = {}
 
     def forward(self, output: np.ndarray) -> None:
@@ -124,7 +124,7 @@ class GaussianHead(Head):
     def sample(self) -> np.ndarray:
         """Mu + epsilon sigma, epsilon ~ N(0, 1)."""
         if self._epsilon.shape != self._mean.shape:
-            self._epsilon = th.empty(self._mean.shape)
+            self._epsilon = th.empty(self._mean.shape, dtype=th.float32)
             self._epsilon_array = self._epsilon.numpy()
         self._epsilon.normal_()
         actions: np.ndarray = self._epsilon_array * self._sigma
@@ -207,7 +207,7 @@ class CategoricalHead(Head):
 
     def params(self) -> CategoricalParams:
         """All ln p."""
-        return CategoricalParams(th.from_numpy(self.dispersion))
+        return CategoricalParams(th.from_numpy(self.dispersion.copy()))
 
     def sample(self) -> np.ndarray:
         """As many draws as there are distributions."""
@@ -311,7 +311,7 @@ class BernoulliHead(Head):
 
     def params(self) -> BernoulliParams:
         """All l."""
-        return BernoulliParams(self._logits)
+        return BernoulliParams(th.from_numpy(self.dispersion.copy()))
 
     def sample(self) -> np.ndarray:
         """One draw each."""
@@ -343,7 +343,7 @@ class BernoulliHead(Head):
         d_logits = []
         if d_kl is not None:
             # Not as a full matrix: the last bit of torch's softplus depends on how its operands lie in memory.
-            d_each = th.full((len(logits),), d_kl.item()).unsqueeze(1).expand_as(logits)
+            d_each = th.full((len(logits),), d_kl.item(), dtype=th.float32).unsqueeze(1).expand_as(logits)
             d_softplus = th.ops.aten.softplus_backward.default(d_each, logits, 1, 20)
             d_logits += [d_softplus.numpy(), -(d_kl * self._old_probs)]
         if d_entropy is not None:
@@ -399,7 +399,7 @@ class _Sums:
 
 def _shared(*shape: int) -> tuple[th.Tensor, np.ndarray]:
     """Memory that torch and NumPy share: conversions would cost more than most operations on so few numbers."""
-    tensor = th.empty(shape)
+    tensor = th.empty(shape, dtype=th.float32)
     return tensor, tensor.numpy()
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from torch import nn
 
 ATEN = th.ops.aten
@@ -143,7 +144,7 @@ class Workspace:
         self._n_samples = n_samples
         self._forward: list[Callable[[], Any]] = []
         self._backward: list[Callable[[], Any]] = []
-        self.inputs = th.empty(n_samples, stacks[0][0].weight.shape[1])
+        self.inputs = th.empty(n_samples, stacks[0][0].weight.shape[1], dtype=th.float32)
         self._below: list[tuple[th.Tensor, th.Tensor | None]] = [(self.inputs, None) for _ in stacks]
         for depth in range(max(map(len, stacks)) - 1):
             self._add_hidden_layers(depth)
@@ -170,8 +171,9 @@ class Workspace:
             layers = [self._stacks[index][depth] for index in indices]
             function, shape = layers[0].activation, (len(layers), self._n_samples, len(layers[0].bias))
             assert function is not None
-            x, d_y = th.empty(shape), th.empty(shape if self._flat_grad is not None else (len(layers), 0))
-            y = x if function.in_place else th.empty(shape)
+            d_shape = shape if self._flat_grad is not None else (len(layers), 0)
+            x, d_y = th.empty(shape, dtype=th.float32), th.empty(d_shape, dtype=th.float32)
+            y = x if function.in_place else th.empty(shape, dtype=th.float32)
             activate.append(partial(function.forward, x, y))
             if self._flat_grad is not None:
                 through_activation.append(partial(function.backward, d_y, y if function.in_place else x))
@@ -185,7 +187,7 @@ class Workspace:
         self._backward = [*through_activation, *through_affine, *self._backward]
 
     def _add_output_layer(self, index: int, layer: Layer) -> None:
-        out, d_out = (th.empty(self._n_samples, len(layer.bias)) for _ in range(2))
+        out, d_out = (th.empty(self._n_samples, len(layer.bias), dtype=th.float32) for _ in range(2))
         self.outputs.append(out.numpy())
         self.d_outputs.append(d_out.numpy())
         self._forward.append(partial(th.addmm, layer.bias, self._below[index][0], layer.weight_t, out=out))
@@ -194,6 +196,7 @@ class Workspace:
             self._backward = [through_bias, *self._through_affine(index, layer, d_out), *self._backward]
 
     def _through_affine(self, index: int, layer: Layer, d_out: th.Tensor) -> list[Callable[[], Any]]:
+        """For Y = X W^T + b: dW = dY^T X, and dX = dY W if there is a layer below; db, the sum of dY, stands elsewhere."""
         x, d_x = self._below[index]
         operations: list[Callable[[], Any]] = [partial(th.mm, d_out.t(), x, out=layer.weight_grad)]
         if d_x is not None:
@@ -261,14 +264,17 @@ def actor_and_critic(
     return stack("policy_net", "action_net"), stack("value_net", "value_net")
 
 
-def policy_inputs(policy: ActorCriticPolicy, observations: th.Tensor) -> th.Tensor:
+def write_inputs(policy: ActorCriticPolicy, observations: np.ndarray, inputs: th.Tensor) -> None:
     """
-    What SB3's ``FlattenExtractor`` makes of observations.
+    Write what SB3's ``FlattenExtractor`` makes of observations.
 
     :param policy: that they are for
     :param observations: as the environments return them, shape (b, *obs_shape)
-    :return: shape (b, n_features)
+    :param inputs: where they go, shape (b, n_in)
     """
-    features = preprocess_obs(observations, policy.observation_space, policy.normalize_images)
-    assert isinstance(features, th.Tensor)
-    return features.flatten(start_dim=1)
+    space = policy.observation_space
+    if isinstance(space, spaces.Box) and not is_image_space(space):
+        inputs.numpy()[:] = observations.reshape(len(observations), -1)
+    else:
+        features: Any = preprocess_obs(th.as_tensor(observations), space, policy.normalize_images)
+        inputs.copy_(features.flatten(start_dim=1))

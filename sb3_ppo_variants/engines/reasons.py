@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from types import FunctionType
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import (
@@ -20,13 +21,24 @@ from sb3_ppo_variants.engines.network import activation
 
 HEADED = (DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution)
 """Action distributions whose gradients are known."""
-METHODS = [
-    (kind, name, method)
-    for kind in ActorCriticPolicy.__mro__
-    if kind.__module__.startswith("stable_baselines3.")
-    for name, method in vars(kind).items()
-    if isinstance(method, FunctionType)
-]
+
+
+def _methods_of_sb3(kind: type) -> list[tuple[type, str, FunctionType]]:
+    """The methods of a class and its bases in SB3, as they were when this package was imported."""
+    return [
+        (base, name, method)
+        for base in kind.__mro__
+        if base.__module__.startswith("stable_baselines3.")
+        for name, method in vars(base).items()
+        if isinstance(method, FunctionType)
+    ]
+
+
+METHODS: dict[type, list[tuple[type, str, FunctionType]]] = {
+    kind: _methods_of_sb3(kind) for kind in (ActorCriticPolicy, RolloutBuffer)
+}
+th.optim.Adam([th.zeros(1)])  # with the first instance, torch wraps the method
+ADAM_STEP = th.optim.Adam.step
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -55,26 +67,43 @@ def why_not_fused(
     reason = why_not_lean(policy, buffer)
     if reason is not None:
         return reason
+    arrays = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+    if any(array.dtype != np.float32 for array in arrays):
+        return "the rollout buffer's arrays are not of type float32"
     return next(_objections_to_optimizers(policy, [policy.optimizer, *optimizers]), None)
 
 
 def _objections(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[str]:
-    own = vars(policy)
-    patched = any(vars(kind).get(name) is not method or name in own for kind, name, method in METHODS)
-    if type(policy) is not ActorCriticPolicy or patched:
+    if not _is_as_sb3_has_it(policy, ActorCriticPolicy):
         yield f"the policy, a {type(policy).__name__}, is not SB3's ActorCriticPolicy as it is"
         return
-    if type(buffer) is not RolloutBuffer or vars(RolloutBuffer).keys() & vars(buffer).keys():
+    if not _is_as_sb3_has_it(buffer, RolloutBuffer):
         yield f"the rollout buffer, a {type(buffer).__name__}, is not SB3's RolloutBuffer as it is"
     if policy.device.type != "cpu":
         yield f"the device is {policy.device}, not the CPU"
     if type(policy.action_dist) not in HEADED:
         yield f"the action distribution is a {type(policy.action_dist).__name__}"
     yield from _objections_to_modules(policy)
-    if any(parameter.dtype != th.float32 for parameter in policy.parameters()):
-        yield "a parameter is not of type float32"
+    parameters = [parameter for _, parameter in policy.named_parameters(remove_duplicate=False)]
+    if any(parameter.dtype != th.float32 or not parameter.is_contiguous() for parameter in parameters):
+        yield "a parameter is not of type float32, or not contiguous"
+    if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
+        yield "parameters share memory"
     if th.is_autocast_enabled("cpu"):
         yield "autocast is enabled"
+
+
+def _is_as_sb3_has_it(thing: object, kind: type) -> bool:
+    """Whether nobody has derived from the class, or put other methods into it or into the instance."""
+    own = vars(thing)
+    return type(thing) is kind and all(
+        vars(base).get(name) is method and name not in own for base, name, method in METHODS[kind]
+    )
+
+
+def _has_methods_of_its_own(thing: object) -> bool:
+    """Whether somebody has put a function into the instance, in place of a method of its class."""
+    return any(callable(getattr(type(thing), name, None)) for name in vars(thing))
 
 
 def _objections_to_modules(policy: ActorCriticPolicy) -> Iterator[str]:
@@ -92,8 +121,8 @@ def _objections_to_modules(policy: ActorCriticPolicy) -> Iterator[str]:
     hooked = any(getattr(module, hooks) for module in policy.modules() for hooks in HOOKS)
     if hooked or th_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         yield "a module of the policy has hooks"
-    if any("forward" in vars(module) for module in policy.modules()):
-        yield "a module of the policy has a forward method of its own"
+    if any(map(_has_methods_of_its_own, [policy.action_dist, *list(policy.modules())[1:]])):
+        yield "a module of the policy, or its action distribution, has methods of its own"
 
 
 def _objections_to_optimizers(policy: ActorCriticPolicy, optimizers: Sequence[th.optim.Optimizer]) -> Iterator[str]:
@@ -103,6 +132,8 @@ def _objections_to_optimizers(policy: ActorCriticPolicy, optimizers: Sequence[th
     if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
         yield "a parameter has hooks"
     for optimizer in optimizers:
+        if th.optim.Adam.step is not ADAM_STEP:
+            yield "somebody has put another method into Adam"
         if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
             yield f"the optimiser, a {type(optimizer).__name__}, is not Adam with one group of parameters"
             return

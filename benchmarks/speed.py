@@ -2,7 +2,7 @@
 How fast this package is beside SB3's PPO, and SBX's where that is installed.
 
 All algorithms take turns in one process, on the same environments with the same hyperparameters; ratios are taken round by
-round. Run it with ``python -m benchmarks.speed``, about 20 minutes; nothing else should run beside it.
+round. Run it with ``python -m benchmarks.speed``, about two minutes a round; nothing else should run beside it.
 """
 
 import argparse
@@ -350,8 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.output / "profile.txt").write_text(profile(), encoding="utf-8")
     table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
     text = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
+    footnote = "Cells are medians of the rounds; ratios are medians of the rounds' ratios, with the smallest and the largest."
     share = environment_share(measurements) if "whole" in options.parts else ""
-    (options.output / "report.md").write_text(f"# Speed\n\n{table}\n\n{share}\n\n{text}\n", encoding="utf-8")
+    report = ["# Speed", "![Ratios](speed.png)", table, footnote, share, text]
+    (options.output / "report.md").write_text("\n\n".join(filter(None, report)) + "\n", encoding="utf-8")
     print(f"\n{table}\n\n{share}")
 
 

@@ -1,7 +1,6 @@
 """Which engine runs a model's updates, and whether its rollouts can be lean."""
 
 import itertools
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,12 +120,15 @@ class EngineChoice:
             n_minibatches = -(-buffer.buffer_size * buffer.n_envs // batch_size)
             last = itertools.islice(fused.minibatches(batch_size), n_minibatches - 1, None)
             minibatches: list[Minibatch] = [next(fused.minibatches(batch_size)), next(last)]
-            # One engine after the other: memory for both is never held at once.
-            by_autograd = _gradients(EagerEngine(*arguments), minibatches, policy)
-            by_hand = _gradients(fused, minibatches, policy)
+            eager = EagerEngine(*arguments)
+            agreement = all(
+                all(map(_same_bits, _gradients(eager, minibatch, policy, alone), _gradients(fused, minibatch, policy, alone)))
+                for minibatch in minibatches
+                for alone in (False, True)
+            )
         for parameter, grad in zip(policy.parameters(), before, strict=True):
             parameter.grad = grad
-        return self._remember("gradients", key, all(map(_same_bits, by_autograd, by_hand)))
+        return self._remember("gradients", key, agreement)
 
     def _actions_agree(self, lean_policy: LeanPolicy, model: "PPO") -> bool:
         """Whether the first observations' actions, values and log-probabilities are the policy's own."""
@@ -148,16 +150,15 @@ class EngineChoice:
         return agreement
 
 
-def _gradients(engine: Engine, minibatches: list[Minibatch], policy: ActorCriticPolicy) -> list[th.Tensor | None]:
-    """At all parameters, of the loss and of the value loss alone, on each minibatch."""
-    gradients = []
-    for minibatch in minibatches:
-        for forward in (engine.forward, partial(engine.critic_forward, vf_coef=0.5)):
-            forward(minibatch)
-            engine.backward()
-            engine.publish()
-            gradients += [parameter.grad for parameter in policy.parameters()]
-    return gradients
+def _gradients(engine: Engine, minibatch: Minibatch, policy: ActorCriticPolicy, critic_alone: bool) -> list[th.Tensor | None]:
+    """At all parameters, of the loss or of the value loss alone."""
+    if critic_alone:
+        engine.critic_forward(minibatch, vf_coef=0.5)
+    else:
+        engine.forward(minibatch)
+    engine.backward()
+    engine.publish()
+    return [parameter.grad for parameter in policy.parameters()]
 
 
 def _same_bits(one: th.Tensor | None, other: th.Tensor | None) -> bool:

@@ -63,9 +63,8 @@ def collect_rollouts(
 
         # Where an episode was cut off, its last state's value stands for the rest of the return (SB3 issue #633).
         for idx, done in enumerate(dones):
-            info = infos[idx]
-            if done and info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
-                terminal_obs: Any = self.policy.obs_to_tensor(info["terminal_observation"])[0]
+            if done and infos[idx].get("terminal_observation") is not None and infos[idx].get("TimeLimit.truncated", False):
+                terminal_obs: Any = self.policy.obs_to_tensor(infos[idx]["terminal_observation"])[0]
                 with th.no_grad():
                     terminal_value = self.policy.predict_values(terminal_obs)[0]
                 rewards[idx] += self.gamma * terminal_value

@@ -19,9 +19,9 @@ MAX_UNMEASURED = 2**16
 
 
 class _Record(NamedTuple):
-    """A metric on consecutive minibatches of one epoch: shape (), or (m,) on ``m`` of them."""
+    """A metric on consecutive minibatches: their epochs, and values of shape (), or (m,) on ``m`` of them."""
 
-    epoch: int
+    epochs: list[int]
     values: th.Tensor
 
 
@@ -62,9 +62,9 @@ class UpdateStats:
         # The exact KL costs several small operations: evaluated over many minibatches at once.
         self._pending: list[tuple[int, th.Tensor, DistributionParams]] = []
         self._n_pending = 0
-        # The same holds for the other metrics: those of minibatches of equal size, in one epoch.
+        # The same holds for the other metrics: those of minibatches of equal size.
         self._unmeasured: list[LazyMetrics] = []
-        self._unmeasured_epoch = 0
+        self._unmeasured_epochs: list[int] = []
 
     def add_minibatch(self, minibatch: Minibatch, forward: Forward) -> None:
         """
@@ -87,26 +87,24 @@ class UpdateStats:
         if metrics.keys() != {"grad_norm"}:  # which is never left for later: all others have to wait for their turn
             self._measure_metrics()
         for name, metric in metrics.items():
-            self._history.setdefault(name, []).append(_Record(self.epochs_completed, metric))
+            self._history.setdefault(name, []).append(_Record([self.epochs_completed], metric))
 
     def _add_lazily(self, metrics: LazyMetrics) -> None:
         n_unmeasured = len(self._unmeasured)
         if n_unmeasured and not (
-            self._unmeasured_epoch == self.epochs_completed
-            and self._unmeasured[0].n_samples == metrics.n_samples
-            and n_unmeasured * metrics.n_samples < MAX_UNMEASURED
+            self._unmeasured[0].n_samples == metrics.n_samples and n_unmeasured * metrics.n_samples < MAX_UNMEASURED
         ):
             self._measure_metrics()
         self._unmeasured.append(metrics)
-        self._unmeasured_epoch = self.epochs_completed
+        self._unmeasured_epochs.append(self.epochs_completed)
 
     def _measure_metrics(self) -> None:
         """Fill in the metrics of the minibatches that have left them out."""
         if self._unmeasured:
             metrics = self._unmeasured[0].measure([lazily.evidence for lazily in self._unmeasured])
-            self._unmeasured = []
+            epochs, self._unmeasured, self._unmeasured_epochs = self._unmeasured_epochs, [], []
             for name, values in metrics.items():
-                self._history.setdefault(name, []).append(_Record(self._unmeasured_epoch, values))
+                self._history.setdefault(name, []).append(_Record(epochs, values))
 
     def _keep_for_kl(self, minibatch: Minibatch, params: DistributionParams | None) -> None:
         if params is not None and minibatch.indices is not None:
@@ -186,7 +184,8 @@ class UpdateStats:
     def last_epoch(self, name: str) -> np.ndarray:
         """The metric on every minibatch of the last epoch that has any, shape (n_minibatches,), in its own dtype."""
         records = self._records(name)
-        return _join([record for record in records if record.epoch == records[-1].epoch])
+        epochs = [epoch for record in records for epoch in record.epochs]
+        return _join(records)[epochs.index(epochs[-1]) :]
 
     def mean(self, name: str) -> float:
         """

@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
 from sb3_ppo_variants.engines.flat_adam import FlatAdam, bounds, views
 from sb3_ppo_variants.engines.heads import make_head
-from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, write_inputs
+from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, input_writer, takes_plain_numbers
 from sb3_ppo_variants.engines.reasons import why_not_fused
 from sb3_ppo_variants.engines.watch import Watch
 from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize_each, ppo_loss, value_loss
@@ -101,6 +101,9 @@ class FusedEngine(Engine):
         self._adams: dict[th.optim.Optimizer, FlatAdam] = {}
         self._watched = False
         self._watch = Watch(self._policy)
+        self._write_inputs = input_writer(self._policy)
+        self._plain = takes_plain_numbers(self._policy)
+        self._features: np.ndarray | None = None
         self._optimizer = self._policy.optimizer
         self._latest: _Part | None = None
         self._retired = False
@@ -160,7 +163,13 @@ class FusedEngine(Engine):
         assert isinstance(minibatch, FusedMinibatch)
         self._columns, self._part = minibatch.columns, part
         self._at_work = at_work = part.networks.at_work(len(self._columns.order))
-        write_inputs(self._policy, self._buffer.observations[self._columns.order], at_work.inputs)
+        order, observations = self._columns.order, self._buffer.observations
+        if self._watched or not self._plain:
+            self._write_inputs(observations[order], at_work.inputs)
+            return at_work
+        if self._features is None:
+            self._features = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
+        np.take(self._features, order, axis=0, out=at_work.inputs.numpy(), mode="clip")
         return at_work
 
     @np.errstate(all="ignore")

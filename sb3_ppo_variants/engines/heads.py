@@ -114,7 +114,8 @@ class GaussianHead(Head):
             th.exp(self._log_std, out=self._exp)
             th.log(self._exp, out=self._log)
             self._sigma, self.dispersion = self._exp.numpy(), self._log.numpy().copy()
-            self._two_var = 2 * (self._sigma * self._sigma)
+            self._var = self._sigma * self._sigma
+            self._two_var, self._four_sigma = 2 * self._var, 4 * self._sigma
 
     def params(self) -> GaussianParams:
         """Mu, and sigma for each state."""
@@ -158,7 +159,7 @@ class GaussianHead(Head):
     ) -> None:
         """At mu; the gradient at ln sigma is written too. Signs and powers of two stand where they cost least."""
         d_each, sigma = d_log_prob[:, None], self._sigma
-        np.divide(d_each, self._two_var / 2, out=d_output)
+        np.divide(d_each, self._var, out=d_output)
         d_output *= self._shift
         d_sigma = []
         if d_kl is not None:
@@ -172,7 +173,7 @@ class GaussianHead(Head):
         d_sigma.append(-(d_each / sigma))
         through_var = self._half_square / self._two_var
         through_var *= d_each
-        through_var *= 4 * sigma
+        through_var *= self._four_sigma
         total = self._sum(0)
         np.add(functools.reduce(np.add, d_sigma), through_var, out=total.terms)
         np.multiply(total(), sigma, out=self._log_std_grad)

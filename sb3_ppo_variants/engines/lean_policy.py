@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_variants.engines.heads import make_head
-from sb3_ppo_variants.engines.network import Networks, actor_and_critic, write_inputs
+from sb3_ppo_variants.engines.network import Networks, actor_and_critic, input_writer
 from sb3_ppo_variants.engines.watch import Watch
 from sb3_ppo_variants.isolation import undisturbed
 
@@ -23,6 +23,7 @@ class LeanPolicy:
         parameters: dict[str, th.Tensor] = dict(policy.named_parameters())
         self._policy = policy
         self._action_shape = (-1, *(policy.action_space.shape or ()))
+        self._write_inputs = input_writer(policy)
         self._networks = Networks(actor_and_critic(policy, parameters))
         self._head = make_head(policy.action_dist, parameters)
         self.is_current = Watch(policy).is_current
@@ -36,7 +37,7 @@ class LeanPolicy:
         :return: of shapes (n_envs, *action_shape), (n_envs, 1), (n_envs,)
         """
         at_work = self._networks.at_work(len(observations))
-        write_inputs(self._policy, observations, at_work.inputs)
+        self._write_inputs(observations, at_work.inputs)
         output, values = at_work.forward()
         self._head.forward(output)
         actions = self._head.sample()

@@ -264,17 +264,26 @@ def actor_and_critic(
     return stack("policy_net", "action_net"), stack("value_net", "value_net")
 
 
-def write_inputs(policy: ActorCriticPolicy, observations: np.ndarray, inputs: th.Tensor) -> None:
+def input_writer(policy: ActorCriticPolicy) -> Callable[[np.ndarray, th.Tensor], None]:
     """
-    Write what SB3's ``FlattenExtractor`` makes of observations.
+    What SB3's ``FlattenExtractor`` makes of observations.
 
     :param policy: that they are for
-    :param observations: as the environments return them, shape (b, *obs_shape)
-    :param inputs: where they go, shape (b, n_in)
+    :return: a function of observations as the environments return them, shape (b, *obs_shape), and of where the inputs of
+        the networks go, shape (b, n_in)
     """
-    space = policy.observation_space
-    if isinstance(space, spaces.Box) and not is_image_space(space):
+    space, normalize_images = policy.observation_space, policy.normalize_images
+
+    def write_numbers(observations: np.ndarray, inputs: th.Tensor) -> None:
         inputs.numpy()[:] = observations.reshape(len(observations), -1)
-    else:
-        features: Any = preprocess_obs(th.as_tensor(observations), space, policy.normalize_images)
+
+    def write_preprocessed(observations: np.ndarray, inputs: th.Tensor) -> None:
+        features: Any = preprocess_obs(th.as_tensor(observations), space, normalize_images)
         inputs.copy_(features.flatten(start_dim=1))
+
+    return write_numbers if takes_plain_numbers(policy) else write_preprocessed
+
+
+def takes_plain_numbers(policy: ActorCriticPolicy) -> bool:
+    """Whether observations are inputs as they are, but for their type."""
+    return isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)

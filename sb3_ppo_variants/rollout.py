@@ -18,13 +18,18 @@ class Minibatch:
     """
     One minibatch of ``b`` samples.
 
-    :param indices: where they stand in the flattened rollout, shape (b,), ``None`` if the buffer doesn't tell
+    :param indices: as the property
     :param gather: returns them as ``RolloutBuffer.get`` yields them
     """
 
     def __init__(self, indices: th.Tensor | None, gather: Callable[[], RolloutBufferSamples]) -> None:
-        self.indices = indices
+        self._indices = indices
         self._gather = gather
+
+    @property
+    def indices(self) -> th.Tensor | None:
+        """Where the samples stand in the flattened rollout, shape (b,), ``None`` if the buffer doesn't tell."""
+        return self._indices
 
     @functools.cached_property
     def samples(self) -> RolloutBufferSamples:

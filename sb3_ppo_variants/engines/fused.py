@@ -54,8 +54,13 @@ class FusedMinibatch(Minibatch):
     """
 
     def __init__(self, columns: _Columns, buffer: RolloutBuffer) -> None:
-        super().__init__(th.from_numpy(columns.order), lambda: buffer._get_samples(columns.order))
+        super().__init__(None, lambda: buffer._get_samples(columns.order))
         self.columns = columns
+
+    @property
+    def indices(self) -> th.Tensor:
+        """As in the base class, made when asked for."""
+        return th.from_numpy(self.columns.order)
 
 
 class _Part(NamedTuple):

@@ -1,5 +1,7 @@
 """``engine="auto"`` takes the fused engine where it may, and says why where it may not."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -144,3 +146,10 @@ def test_looking_at_the_bits_leaves_no_trace() -> None:
     assert_same_model(*models)
     assert [[parameter.grad for parameter in model.policy.parameters()] for model in models] == [[None] * 13] * 2
     np.testing.assert_array_equal(models[0].rollout_buffer.observations, models[1].rollout_buffer.observations)
+
+
+def test_importing_loads_no_compiler() -> None:
+    """Which takes a second; SB3 leaves it to the first optimiser."""
+    code = "import sys, sb3_ppo_variants; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -108,24 +108,15 @@ class EngineChoice:
 
     def _gradients_agree(self, arguments: Any, batch_size: int) -> bool:
         """Whether the gradients of an epoch's first and last minibatch are autograd's, in each part of an update."""
-        policy, buffer, coefs = arguments[0], arguments[1], arguments[3]
+        policy, coefs = arguments[0], arguments[3]
         terms = [coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl]
         terms += [coefs.hinge_coef == 0, coefs.normalize_advantage, coefs.critic_apart]
         key = (*map(id, policy.modules()), batch_size, th.get_num_threads(), *terms)
         if self._known("gradients", key):
             return self._agreements["gradients"][1]
         before = [parameter.grad for parameter in policy.parameters()]
-        fused = FusedEngine(*arguments)
         with undisturbed(policy):
-            n_minibatches = -(-buffer.buffer_size * buffer.n_envs // batch_size)
-            last = itertools.islice(fused.minibatches(batch_size), n_minibatches - 1, None)
-            minibatches: list[Minibatch] = [next(fused.minibatches(batch_size)), next(last)]
-            eager = EagerEngine(*arguments)
-            agreement = all(
-                all(map(_same_bits, _gradients(eager, minibatch, policy, alone), _gradients(fused, minibatch, policy, alone)))
-                for minibatch in minibatches
-                for alone in (False, True)
-            )
+            agreement = all(_gradients_agree(arguments, batch_size, critic_alone) for critic_alone in (False, True))
         for parameter, grad in zip(policy.parameters(), before, strict=True):
             parameter.grad = grad
         return self._remember("gradients", key, agreement)
@@ -148,6 +139,19 @@ class EngineChoice:
     def _remember(self, what: str, key: Any, agreement: bool) -> bool:
         self._agreements[what] = (key, agreement)
         return agreement
+
+
+def _gradients_agree(arguments: Any, batch_size: int, critic_alone: bool) -> bool:
+    """Whether those of the loss, or of the value loss alone, do, on an epoch's first and last minibatch."""
+    policy, buffer = arguments[:2]
+    fused, eager = FusedEngine(*arguments), EagerEngine(*arguments)
+    n_minibatches = -(-buffer.buffer_size * buffer.n_envs // batch_size)
+    last = itertools.islice(fused.minibatches(batch_size), n_minibatches - 1, None)
+    minibatches: list[Minibatch] = [next(fused.minibatches(batch_size)), next(last)]
+    return all(
+        all(map(_same_bits, *(_gradients(engine, minibatch, policy, critic_alone) for engine in (eager, fused))))
+        for minibatch in minibatches
+    )
 
 
 def _gradients(engine: Engine, minibatch: Minibatch, policy: ActorCriticPolicy, critic_alone: bool) -> list[th.Tensor | None]:

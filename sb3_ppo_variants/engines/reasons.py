@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -37,7 +38,6 @@ def _methods_of_sb3(kind: type) -> list[tuple[type, str, FunctionType]]:
 METHODS: dict[type, list[tuple[type, str, FunctionType]]] = {
     kind: _methods_of_sb3(kind) for kind in (ActorCriticPolicy, RolloutBuffer)
 }
-th.optim.Adam([th.zeros(1)])  # with the first instance, torch wraps the method
 ADAM_STEP = th.optim.Adam.step
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -93,6 +93,12 @@ def _objections(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> Iterator[st
         yield "autocast is enabled"
 
 
+def _is_torchs_adam_step(method: Any) -> bool:
+    """Whether a method is Adam's own, or what torch has made of that at the first optimiser's construction."""
+    wrapped = getattr(method, "hooked", False) and getattr(method, "__wrapped__", None) is ADAM_STEP
+    return method is ADAM_STEP or (wrapped and not hasattr(ADAM_STEP, "hooked"))
+
+
 def _is_as_sb3_has_it(thing: object, kind: type) -> bool:
     """Whether nobody has derived from the class, or put other methods into it or into the instance."""
     own = vars(thing)
@@ -132,7 +138,7 @@ def _objections_to_optimizers(policy: ActorCriticPolicy, optimizers: Sequence[th
     if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
         yield "a parameter has hooks"
     for optimizer in optimizers:
-        if th.optim.Adam.step is not ADAM_STEP:
+        if not _is_torchs_adam_step(th.optim.Adam.step):
             yield "somebody has put another method into Adam"
         if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
             yield f"the optimiser, a {type(optimizer).__name__}, is not Adam with one group of parameters"

@@ -21,6 +21,7 @@ from torch import nn
 import sb3_ppo_variants
 from sb3_ppo_variants.collection import compute_returns_and_advantage
 from sb3_ppo_variants.engines import LeanPolicy
+from tests import test_parity
 from tests.test_parity import (
     N_ENVS,
     N_STEPS,
@@ -99,19 +100,15 @@ def plain(value: Any) -> Any:
 
 
 CONFIGS = {
-    "box": Config(),
-    "one-environment": Config(n_envs=1),
+    name: test_parity.CONFIGS[name]
+    for name in (
+        *("box", "matrix-actions", "discrete", "multi-discrete", "multi-binary"),
+        *("discrete-observations", "multi-discrete-observations", "vec-normalize", "one-environment", "linear-networks"),
+    )
+} | {
     "many-environments": Config(n_envs=19),
-    "matrix": Config(action="matrix"),
-    "discrete": Config(action="discrete"),
-    "multi-discrete": Config(action="multi_discrete"),
-    "multi-binary": Config(action="multi_binary"),
-    "discrete-observations": Config(observation="discrete", action="discrete"),
-    "multi-discrete-observations": Config(observation="multi_discrete"),
     "images": Config(observation="image", action="discrete"),
-    "vec-normalize": Config(normalize=True),
-    "linear": Config(kwargs={"policy_kwargs": {"net_arch": []}}),
-    "unequal": Config(kwargs={"policy_kwargs": {"net_arch": {"pi": [5], "vf": [5, 3]}, "activation_fn": nn.ELU}}),
+    "unequal-elu": Config(kwargs={"policy_kwargs": {"net_arch": {"pi": [5], "vf": [5, 3]}, "activation_fn": nn.ELU}}),
 }
 
 

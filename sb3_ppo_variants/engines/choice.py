@@ -1,6 +1,7 @@
 """Which engine runs a model's updates, and whether its rollouts can be lean."""
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,8 +89,7 @@ class EngineChoice:
 
         :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
         """
-        reason = self._why_not_fused(model)
-        if model.engine == "fused" and reason is not None:
+        if model.engine == "fused" and (reason := self._why_not_fused(model)):
             self._say_why_eager(model, reason)
 
     def _why_not_fused(self, model: "PPO") -> str | None:
@@ -112,37 +112,40 @@ class EngineChoice:
         terms = [coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl]
         terms += [coefs.hinge_coef == 0, coefs.normalize_advantage, coefs.critic_apart]
         key = (*map(id, policy.modules()), batch_size, th.get_num_threads(), *terms)
-        if self._known("gradients", key):
-            return self._agreements["gradients"][1]
-        before = [parameter.grad for parameter in policy.parameters()]
-        with undisturbed(policy):
-            agreement = all(_gradients_agree(arguments, batch_size, critic_alone) for critic_alone in (False, True))
-        for parameter, grad in zip(policy.parameters(), before, strict=True):
-            parameter.grad = grad
-        return self._remember("gradients", key, agreement)
+
+        def look() -> bool:
+            before = [parameter.grad for parameter in policy.parameters()]
+            with undisturbed(policy):
+                agreement = all(_losses_gradients_agree(arguments, batch_size, alone) for alone in (False, True))
+            for parameter, grad in zip(policy.parameters(), before, strict=True):
+                parameter.grad = grad
+            return agreement
+
+        return self._look_once("gradients", key, look)
 
     def _actions_agree(self, lean_policy: LeanPolicy, model: "PPO") -> bool:
         """Whether the first observations' actions, values and log-probabilities are the policy's own."""
         observations: Any = model._last_obs
         key = (*map(id, model.policy.modules()), len(observations), th.get_num_threads())
-        if self._known("actions", key):
-            return self._agreements["actions"][1]
-        with undisturbed(model.policy):
-            lean = [th.from_numpy(array) for array in lean_policy.forward(observations)]
-        with undisturbed(model.policy), th.no_grad():
-            own = model.policy(th.as_tensor(observations))
-        return self._remember("actions", key, all(map(_same_bits, lean, own)))
 
-    def _known(self, what: str, key: Any) -> bool:
-        return what in self._agreements and self._agreements[what][0] == key
+        def look() -> bool:
+            with undisturbed(model.policy):
+                lean = [th.from_numpy(array) for array in lean_policy.forward(observations)]
+            with undisturbed(model.policy), th.no_grad():
+                own = model.policy(th.as_tensor(observations))
+            return all(map(_same_bits, lean, own))
 
-    def _remember(self, what: str, key: Any, agreement: bool) -> bool:
-        self._agreements[what] = (key, agreement)
-        return agreement
+        return self._look_once("actions", key, look)
+
+    def _look_once(self, what: str, key: Any, look: Callable[[], bool]) -> bool:
+        """What ``look`` has seen when the key was last another one."""
+        if what not in self._agreements or self._agreements[what][0] != key:
+            self._agreements[what] = (key, look())
+        return self._agreements[what][1]
 
 
-def _gradients_agree(arguments: Any, batch_size: int, critic_alone: bool) -> bool:
-    """Whether those of the loss, or of the value loss alone, do, on an epoch's first and last minibatch."""
+def _losses_gradients_agree(arguments: Any, batch_size: int, critic_alone: bool) -> bool:
+    """Whether those of the loss, or of the value loss alone, agree on an epoch's first and last minibatch."""
     policy, buffer = arguments[:2]
     fused, eager = FusedEngine(*arguments), EagerEngine(*arguments)
     n_minibatches = -(-buffer.buffer_size * buffer.n_envs // batch_size)

@@ -5,7 +5,6 @@ Why the bits agree: every operation is the one that autograd would run, on the o
 sums are taken in autograd's order.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
 from sb3_ppo_variants.engines.flat_adam import FlatAdam, bounds, views
-from sb3_ppo_variants.engines.heads import make_head
+from sb3_ppo_variants.engines.heads import any_nan, make_head
 from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, input_writer, takes_plain_numbers
 from sb3_ppo_variants.engines.reasons import why_not_fused
 from sb3_ppo_variants.engines.watch import Watch
@@ -146,10 +145,10 @@ class FusedEngine(Engine):
         """SB3's permutation; gathered at once, unless callbacks might change the rollout in between."""
         flatten(self._buffer)
         order = np.random.permutation(self._buffer.buffer_size * self._buffer.n_envs)
-        epoch = self._gather(order, batch_size)
+        epoch = None if self._watched else self._gather(order, batch_size)
         for start in range(0, len(order), batch_size):
             rows = slice(start, start + batch_size)
-            if self._watched:
+            if epoch is None or self._watched:
                 yield FusedMinibatch(self._gather(order[rows], batch_size), self._buffer)
             else:
                 yield FusedMinibatch(_Columns(*(column[rows] for column in epoch)), self._buffer)
@@ -196,7 +195,7 @@ class FusedEngine(Engine):
                 assert minibatch.indices is not None
                 kl = self._head.kl(self._trust_region.old_at(minibatch.indices))
                 self._mean_kl = np.float32(kl.mean())
-        if math.isnan(log_prob.dot(log_prob)):  # the fastest way to ask whether any is NaN
+        if any_nan(log_prob):
             self._raise_what_sb3_raises(minibatch)
         evidence = _Evidence(columns, values, log_prob, self._head.dispersion, kl)
         return Forward(log_ratio, self._head.params, LazyMetrics(len(log_prob), evidence, self._measure))

@@ -1,12 +1,10 @@
 """An MLP policy's forward pass in a rollout, without distribution objects and copies."""
 
-import math
-
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_variants.engines.heads import make_head
+from sb3_ppo_variants.engines.heads import any_nan, make_head
 from sb3_ppo_variants.engines.network import Networks, actor_and_critic, input_writer
 from sb3_ppo_variants.engines.watch import Watch
 from sb3_ppo_variants.isolation import undisturbed
@@ -42,7 +40,7 @@ class LeanPolicy:
         self._head.forward(output)
         actions = self._head.sample()
         log_probs = self._head.log_prob(actions)
-        if math.isnan(log_probs.dot(log_probs)):  # the fastest way to ask whether any is NaN
+        if any_nan(log_probs):
             self._raise_what_sb3_raises(observations)
         return actions.reshape(self._action_shape), values.copy(), log_probs
 

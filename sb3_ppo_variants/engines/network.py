@@ -197,11 +197,13 @@ class Workspace:
 
     def _through_affine(self, index: int, layer: Layer, d_out: th.Tensor) -> list[Callable[[], Any]]:
         """For Y = X W^T + b: dW = dY^T X, and dX = dY W if there is a layer below; db, the sum of dY, stands elsewhere."""
+        if self._flat_grad is None:
+            return []
         x, d_x = self._below[index]
         operations: list[Callable[[], Any]] = [partial(th.mm, d_out.t(), x, out=layer.weight_grad)]
         if d_x is not None:
             operations.append(partial(th.mm, d_out, layer.weight, out=d_x))
-        return operations if self._flat_grad is not None else []
+        return operations
 
     def _joined(self, depth: int) -> list[list[int]]:
         """Which stacks' hidden layers at a depth go together."""

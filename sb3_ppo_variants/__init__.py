@@ -1,5 +1,6 @@
 """PPO with a clipped surrogate, a fixed or an adaptive KL penalty, as a drop-in for Stable-Baselines3's PPO."""
 
+from sb3_ppo_variants.buffers import RewardsToGoRolloutBuffer
 from sb3_ppo_variants.callbacks import (
     GradientNoiseScaleCallback,
     KLEarlyStoppingCallback,
@@ -7,6 +8,7 @@ from sb3_ppo_variants.callbacks import (
     UpdateCallback,
 )
 from sb3_ppo_variants.kl_coef import KLCoefController
+from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.version import __version__
@@ -17,8 +19,10 @@ __all__ = [
     "GradientNoiseScaleCallback",
     "KLCoefController",
     "KLEarlyStoppingCallback",
+    "RewardsToGoRolloutBuffer",
     "TrustRegionLoggingCallback",
     "UpdateCallback",
     "UpdateStats",
+    "ZeroHeadsPolicy",
     "__version__",
 ]

@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.engines import LeanPolicy
+from sb3_ppo_variants.rollout import shorten
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.ppo import PPO
@@ -22,33 +23,31 @@ def collect_rollouts(
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
-    lean_policy: LeanPolicy,
+    lean_policy: LeanPolicy | None,
 ) -> bool:
     """
     ``OnPolicyAlgorithm.collect_rollouts``, with its names, as callbacks find them in ``self.locals``.
 
-    :param lean_policy: stands in for ``self.policy`` until somebody changes that
+    It ends earlier if ``self.n_episodes`` have ended.
+
+    :param lean_policy: stands in for ``self.policy`` until somebody changes that; ``None`` if nothing can
     """
     assert self._last_obs is not None, "No previous observation was provided"
     self.policy.set_training_mode(False)
     n_steps = 0
+    n_episodes = 0
     rollout_buffer.reset()
     n_attributes = len(vars(rollout_buffer))
+    if self.use_sde:
+        self.policy.reset_noise(env.num_envs)
     callback.on_rollout_start()
 
-    while n_steps < n_rollout_steps:
-        obs_tensor: Any = th.from_numpy(self._last_obs)
-        if lean_policy.is_current(self.policy):
-            actions, value_array, log_prob_array = lean_policy.forward(self._last_obs)  # type: ignore[arg-type]
-            values, log_probs = th.from_numpy(value_array), th.from_numpy(log_prob_array)
-        else:
-            with th.no_grad():
-                action_tensor, values, log_probs = self.policy(obs_tensor)
-            actions, value_array, log_prob_array = (each.cpu().numpy() for each in (action_tensor, values, log_probs))
-        clipped_actions: Any = actions
-        if isinstance(self.action_space, spaces.Box):
-            # What `np.clip` does in three times the time.
-            clipped_actions = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
+    while n_steps < n_rollout_steps and (self.n_episodes is None or n_episodes < self.n_episodes):
+        if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+            self.policy.reset_noise(env.num_envs)
+        obs_tensor: Any = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+        actions, values, log_probs, value_array, log_prob_array = _act(self, lean_policy, obs_tensor)
+        clipped_actions: Any = _executable(self, actions)
 
         new_obs, rewards, dones, infos = env.step(clipped_actions)
 
@@ -58,6 +57,7 @@ def collect_rollouts(
             return False
         self._update_info_buffer(infos, dones)
         n_steps += 1
+        n_episodes += int(np.count_nonzero(dones))
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.reshape(-1, 1)
 
@@ -70,22 +70,49 @@ def collect_rollouts(
                 rewards[idx] += self.gamma * terminal_value
 
         sample = (self._last_obs, actions, rewards, self._last_episode_starts)
-        if len(vars(rollout_buffer)) == n_attributes:
+        if lean_policy is not None and len(vars(rollout_buffer)) == n_attributes:
             _add(rollout_buffer, *sample, value_array, log_prob_array)
-        else:  # a callback has put a method of its own into the buffer
+        else:  # of a kind of its own, or a callback has put a method of its own into it
             rollout_buffer.add(*sample, values, log_probs)  # type: ignore[arg-type]
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
 
     with th.no_grad():
         values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-    if len(vars(rollout_buffer)) == n_attributes:
-        compute_returns_and_advantage(rollout_buffer, values, dones)
-    else:
-        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+    if self.n_episodes is not None:
+        shorten(rollout_buffer)
+    _finish(rollout_buffer, values, dones, lean_policy is not None and len(vars(rollout_buffer)) == n_attributes)
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
+
+
+def _act(self: "PPO", lean_policy: LeanPolicy | None, obs_tensor: Any) -> tuple[Any, th.Tensor, th.Tensor, Any, Any]:
+    """Actions as an array, values and log-probabilities as tensors and as arrays."""
+    if lean_policy is not None and lean_policy.is_current(self.policy):
+        actions, value_array, log_prob_array = lean_policy.forward(self._last_obs)  # type: ignore[arg-type]
+        return actions, th.from_numpy(value_array), th.from_numpy(log_prob_array), value_array, log_prob_array
+    with th.no_grad():
+        action_tensor, values, log_probs = self.policy(obs_tensor)
+    return action_tensor.cpu().numpy(), values, log_probs, values.cpu().numpy(), log_probs.cpu().numpy()
+
+
+def _executable(self: "PPO", actions: Any) -> Any:
+    """Actions within the space's bounds."""
+    if not isinstance(self.action_space, spaces.Box):
+        return actions
+    if self.policy.squash_output:
+        return self.policy.unscale_action(actions)
+    # What `np.clip` does in three times the time.
+    return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
+
+
+def _finish(buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, as_it_was: bool) -> None:
+    """Returns and advantages; ``as_it_was``: nobody has put a method of its own into a known buffer."""
+    if as_it_was and type(buffer) is RolloutBuffer:
+        compute_returns_and_advantage(buffer, last_values, dones)
+    else:
+        buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
 
 
 def _add(

@@ -5,13 +5,13 @@ import pathlib
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
@@ -34,11 +34,17 @@ from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import Coefficients
+from sb3_ppo_variants.policies import ZeroHeadsPolicy
+from sb3_ppo_variants.rollout import lengthen
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
 T = TypeVar("T")
+NEW_ARGUMENTS = (
+    *("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "n_episodes", "engine"),
+)
+"""Arguments that SB3's PPO hasn't got, or takes fewer values for."""
 
 
 class PPO(stable_baselines3.PPO):
@@ -63,6 +69,8 @@ class PPO(stable_baselines3.PPO):
     :param n_value_epochs: ``None`` for SB3's joint update; else the number of passes over the rollout in which the
         critic is trained, with an optimiser of its own, after the policy's ``n_epochs`` (OpenAI Spinning Up's scheme)
     :param value_learning_rate: learning rate in those passes, a number or a schedule; ``None`` for ``learning_rate``
+    :param n_episodes: ``None`` for rollouts of ``n_steps`` steps; else a rollout ends as soon as that many episodes have
+        ended, counted over all environments, and ``n_steps`` is the most it may have
     :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, with rollouts
         free of distribution objects, for SB3's MLP policies on the CPU with Adam (checked at each update); ``"auto"``: fused
         where that is possible and the bits are seen to agree, else eager, with the reason printed at ``verbose=1``
@@ -70,6 +78,10 @@ class PPO(stable_baselines3.PPO):
     :raises ValueError: if one of the new arguments has a value that is not allowed
     """
 
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        **stable_baselines3.PPO.policy_aliases,
+        "ZeroHeadsMlpPolicy": ZeroHeadsPolicy,
+    }
     clip_range: FloatSchedule | None  # type: ignore[assignment]
     _kl_coef: FloatSchedule | KLCoefController
     kl_coef_state: KLCoefState | None
@@ -110,12 +122,14 @@ class PPO(stable_baselines3.PPO):
         kl_target: float = 0.01,
         n_value_epochs: int | None = None,
         value_learning_rate: float | str | Schedule | None = None,
+        n_episodes: int | None = None,
         engine: str = "auto",
     ) -> None:
         self.kl_coef = kl_coef
         self.kl_target = kl_target
         self.n_value_epochs = n_value_epochs
         self.value_learning_rate = value_learning_rate
+        self.n_episodes = n_episodes
         self.engine = engine
         self.kl_coef_state = None
         self.value_optimizer = None
@@ -175,6 +189,8 @@ class PPO(stable_baselines3.PPO):
                 raise ValueError(
                     f"`value_learning_rate` must be None unless `n_value_epochs` is given, not {self.value_learning_rate!r}"
                 )
+        if self.n_episodes is not None:
+            check_positive_int("n_episodes", self.n_episodes)
         check_choice("engine", self.engine, ENGINES)
         self._read_kl_coef()
         self._arguments_read = self._new_arguments()
@@ -222,8 +238,7 @@ class PPO(stable_baselines3.PPO):
         self._value_optimizer_policy = self.policy
 
     def _new_arguments(self) -> list[Any]:
-        names = ("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "engine")
-        return [vars(self).get(name) for name in names]
+        return [vars(self).get(name) for name in NEW_ARGUMENTS]
 
     def _follow_changes(self) -> None:
         """Take over what a callback has assigned to the new arguments since the last update."""
@@ -248,8 +263,9 @@ class PPO(stable_baselines3.PPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """SB3's, or its lean equivalent where the engine isn't ``"eager"`` and all it has to do is known."""
+        lengthen(rollout_buffer)
         lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
-        if lean_policy is None:
+        if lean_policy is None and self.n_episodes is None:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy)
 
@@ -267,14 +283,14 @@ class PPO(stable_baselines3.PPO):
         coefs = self._current_coefficients()
         trust_region = self._if_exact_kl_is_known(coefs, partial(self._make_trust_region, coefs))
         watched = bool(self._update_hooks) or bool(tensorboard_writers(self.logger))
-        stats = UpdateStats(coefs, trust_region, keep_kls=watched)
+        stats = UpdateStats(coefs, trust_region, keep_kls=watched and trust_region is not None)
         self._update_hooks.on_update_start(self.num_timesteps)
         engine = self._engine_choice.engine(self, coefs, trust_region)
         hooked = bool(self._update_hooks)
 
         try:
             while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
-                for minibatch in engine.minibatches(self.batch_size):
+                for minibatch in engine.minibatches(self._minibatch_size):
                     stats.add_minibatch(minibatch, engine.forward(minibatch))
                     if not self._within_target_kl(stats):
                         break
@@ -311,9 +327,8 @@ class PPO(stable_baselines3.PPO):
         try:
             hooks(stats)
         finally:
-            if not engine.fetch():
-                engine = self._engine_choice.engine_after(engine, self)
-        return engine
+            obstacle = engine.fetch()
+        return engine if obstacle is None else self._engine_choice.engine_after(engine, obstacle, self)
 
     def _train_critic(self, engine: Engine, stats: UpdateStats) -> None:
         """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
@@ -325,7 +340,7 @@ class PPO(stable_baselines3.PPO):
         if stats.critic_stopped:
             return
         for _ in range(n_passes):
-            for minibatch in engine.minibatches(self.batch_size):
+            for minibatch in engine.minibatches(self._minibatch_size):
                 stats.add(engine.critic_forward(minibatch, vf_coef))
                 engine.backward()
                 engine.step(optimizer)
@@ -345,6 +360,12 @@ class PPO(stable_baselines3.PPO):
             print(f"Early stopping at step {stats.epochs_completed} due to reaching max kl: {approx_kl:.2f}")
         stats.stop_policy_phase()
         return False
+
+    @property
+    def _minibatch_size(self) -> int:
+        """``None`` is the whole rollout, as in SB3's buffers."""
+        n_samples = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
+        return n_samples if self.batch_size is None else self.batch_size
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.policy.optimizer)
@@ -390,7 +411,7 @@ class PPO(stable_baselines3.PPO):
     def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:
         if coefs.penalizes_kl:
             check_exact_kl(self.policy, self.rollout_buffer)
-        return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self.batch_size)
+        return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self._minibatch_size)
 
     def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
         """
@@ -431,6 +452,7 @@ class PPO(stable_baselines3.PPO):
         :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
         """
         self._engine_choice.check(self)
+        self._exact_kl_known = True  # what has failed before may have been mended since
         outer = self._update_hooks  # of the `learn` whose callback may have called this one
         try:
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -13,6 +13,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
+_FULL_SIZE = "full_size"
+"""Attribute of a shortened buffer."""
+
 
 class Minibatch:
     """
@@ -93,6 +96,32 @@ def flatten(buffer: RolloutBuffer) -> None:
         for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
             vars(buffer)[name] = buffer.swap_and_flatten(vars(buffer)[name])
         buffer.generator_ready = True
+
+
+def shorten(buffer: RolloutBuffer) -> None:
+    """
+    Make a buffer a full one of the steps that it has, for a rollout that has ended early.
+
+    :param buffer: that may not be full; :func:`lengthen` gives it its size back
+    """
+    size = buffer.buffer_size
+    for name, value in vars(buffer).items():
+        if isinstance(value, dict):
+            vars(buffer)[name] = {key: array[: buffer.pos] for key, array in value.items()}
+        elif isinstance(value, np.ndarray) and len(value) == size:
+            vars(buffer)[name] = value[: buffer.pos]
+    vars(buffer)[_FULL_SIZE] = size
+    buffer.buffer_size = buffer.pos
+    buffer.full = True
+
+
+def lengthen(buffer: RolloutBuffer) -> None:
+    """
+    Give a buffer the size back that it had before :func:`shorten`, if it was called.
+
+    :param buffer: about to be reset
+    """
+    buffer.buffer_size = vars(buffer).pop(_FULL_SIZE, buffer.buffer_size)
 
 
 def _gathered(samples: RolloutBufferSamples, indices: th.Tensor | None) -> Minibatch:

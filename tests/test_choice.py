@@ -1,7 +1,10 @@
 """``engine="auto"`` takes the fused engine where it may, and says why where it may not."""
 
+import copy
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from sb3_ppo_variants.engines.heads import GaussianHead
 from tests.test_parity import N_ENVS, N_STEPS, Config, assert_same_model, make_model
 
 ROLLOUT = N_STEPS * N_ENVS
+BOTH = (stable_baselines3.PPO, sb3_ppo_variants.PPO)
 
 
 @pytest.fixture
@@ -146,6 +150,119 @@ def test_looking_at_the_bits_leaves_no_trace() -> None:
     assert_same_model(*models)
     assert [[parameter.grad for parameter in model.policy.parameters()] for model in models] == [[None] * 13] * 2
     np.testing.assert_array_equal(models[0].rollout_buffer.observations, models[1].rollout_buffer.observations)
+
+
+class Look(sb3_ppo_variants.UpdateCallback):
+    """Does in each hook what changes nothing."""
+
+    def __init__(self, look: Callable[[sb3_ppo_variants.PPO], Any]) -> None:
+        super().__init__()
+        self.look = look
+
+    def _on_minibatch(self, stats: sb3_ppo_variants.UpdateStats) -> bool:
+        self.look(self.model)  # type: ignore[arg-type]
+        return True
+
+    def _on_epoch_end(self, stats: sb3_ppo_variants.UpdateStats) -> bool:
+        self.look(self.model)  # type: ignore[arg-type]
+        return True
+
+
+def replace_by_copies(model: sb3_ppo_variants.PPO) -> None:
+    parameters = list(model.policy.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters).detach().clone(), parameters)
+
+
+LOOKS: list[Callable[[sb3_ppo_variants.PPO], Any]] = [
+    lambda model: model.policy.predict(model._last_obs),
+    lambda model: model.policy.get_distribution(th.as_tensor(model._last_obs)),
+    lambda model: nn.Tanh().register_forward_hook(lambda *args: None).remove(),
+    lambda model: setattr(model.policy, "note", 1),
+    replace_by_copies,
+]
+
+
+@pytest.mark.parametrize("n_value_epochs", [None, 2])
+@pytest.mark.parametrize("look", LOOKS)
+def test_goes_on_after_what_changes_nothing(look: Any, n_value_epochs: int | None, used: list[str]) -> None:
+    """Some of it looks like a rebuilt policy."""
+    models = []
+    for engine in ("fused", "eager"):
+        model = make_model(sb3_ppo_variants.PPO, Config(kwargs={"engine": engine, "n_value_epochs": n_value_epochs}))
+        model.set_random_seed(3)
+        used.clear()
+        models.append(model.learn(2 * ROLLOUT, callback=Look(look) if engine == "fused" else None))
+        assert ("EagerEngine" in used) == (engine == "eager")
+    if look is LOOKS[0]:
+        return  # it draws random numbers
+    assert_same_model(*models)
+
+
+def test_an_error_in_a_hook_is_the_error_that_is_raised() -> None:
+    def fail(model: sb3_ppo_variants.PPO) -> None:
+        model.policy.value_net.weight.grad = None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_model(sb3_ppo_variants.PPO, Config(kwargs={"engine": "fused"})).learn(ROLLOUT, callback=Look(fail))
+
+
+def test_underflow_is_no_error_for_those_who_make_numpys_errors_exceptions() -> None:
+    model = learn(1)
+    state = model.policy.optimizer.state[model.policy.action_net.weight]
+    state["exp_avg_sq"].fill_(1.2e-38)
+    with np.errstate(all="raise"):
+        model.learn(ROLLOUT)
+
+
+def test_goes_on_after_nan_has_been_refused(tmp_path: Path) -> None:
+    """With its logs, too."""
+    model = learn(1, tensorboard_log=str(tmp_path))
+    good = copy.deepcopy(model.get_parameters())
+    with th.no_grad():
+        model.policy.action_net.weight.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="the exact KL is not logged"), pytest.raises(ValueError, match="nan"):
+        model.train()
+    model.set_parameters(good)
+    model.learn(ROLLOUT)
+    assert model._exact_kl_known
+
+
+@pytest.mark.parametrize(("action", "wrong"), [("discrete", -1), ("multi_discrete", 2), ("multi_binary", 2)])
+def test_refuses_actions_that_are_none_as_sb3_does(action: str, wrong: int) -> None:
+    errors = []
+    for algorithm in BOTH:
+        model = make_model(algorithm, Config(action=action))
+        model.learn(ROLLOUT)
+        model.rollout_buffer.actions[..., 0] = wrong
+        with pytest.raises((ValueError, RuntimeError, IndexError)) as error:
+            model.train()
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+def test_the_optimizers_state_has_its_order() -> None:
+    states = [make_model(kind, Config()).learn(ROLLOUT).policy.optimizer.state_dict()["state"] for kind in BOTH]
+    assert list(states[0]) == list(states[1]) == list(range(13))
+
+
+@pytest.mark.parametrize("order", [("sb3_ppo_variants", "patch"), ("patch", "sb3_ppo_variants")])
+def test_calls_what_was_patched_before_or_after_its_import(order: tuple[str, str]) -> None:
+    imports = {"sb3_ppo_variants": "import sb3_ppo_variants", "patch": PATCH}
+    code = "\n".join(["calls = []", *(imports[step] for step in order), TRAIN])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "128\n"
+
+
+PATCH = """
+from stable_baselines3.common.policies import ActorCriticPolicy
+forward = ActorCriticPolicy.forward
+ActorCriticPolicy.forward = lambda self, obs, deterministic=False: calls.append(1) or forward(self, obs, deterministic)
+"""
+TRAIN = """
+sb3_ppo_variants.PPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
+print(len(calls))
+"""
 
 
 def test_importing_loads_no_compiler() -> None:

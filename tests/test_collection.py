@@ -1,5 +1,6 @@
 """Lean rollouts: what SB3 collects, and what its callbacks see on the way, to the last bit."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
 import sb3_ppo_variants
@@ -51,6 +54,10 @@ def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+NUMBERS = ("loc", "scale", "logits", "probs", "batch_shape")
+"""Of torch's distributions."""
+
+
 class Locals(BaseCallback):
     """Keeps all that SB3 shows at each step, and the buffer."""
 
@@ -78,9 +85,16 @@ class Locals(BaseCallback):
         assert self.locals["env"] is self.model.env
         assert self.locals["rollout_buffer"] is buffer
         shown = [self.locals[name] for name in self.NAMES]
+        distribution = self.model.policy.action_dist.distribution
+        each = distribution if isinstance(distribution, list) else [distribution]
+        shown += [[getattr(one, name, None) for name in NUMBERS] for one in each] + [type(one) for one in each]
         arrays = [getattr(buffer, name) for name in ("observations", "actions", "rewards", "episode_starts", "values")]
         arrays += [buffer.log_probs, buffer.advantages, buffer.returns]
         self.seen.append(plain([*shown, *arrays, buffer.pos, buffer.full, self.num_timesteps]))
+
+    def _on_rollout_start(self) -> None:
+        if self.n_calls:
+            self.seen.append(plain(self.model.policy.action_dist.entropy().detach()))
 
     def _on_step(self) -> bool:
         self._keep()
@@ -123,7 +137,7 @@ def test_shows_callbacks_what_sb3_shows(name: str, n_threads: int, lean_steps: l
         model = make_model(algorithm, CONFIGS[name])
         model.learn(2 * N_STEPS * model.n_envs, callback=callback)
         seen.append(callback.seen)
-    assert len(seen[0]) == 2 * (N_STEPS + 1)
+    assert len(seen[0]) == 2 * (N_STEPS + 1) + 1
     assert len(lean_steps) == 2 * N_STEPS + 1  # one to see whether the bits agree
     assert_same_tensors(seen[1], seen[0])
 
@@ -255,6 +269,56 @@ def columns_first(model: stable_baselines3.PPO) -> None:
     weight.data = weight.data.t().contiguous().t()
 
 
+class Network(nn.Module):
+    """No sequence."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        return th.as_tensor(self.inner(features)) * 0.9
+
+
+def own_network(model: stable_baselines3.PPO) -> None:
+    model.policy.mlp_extractor.policy_net = Network(model.policy.mlp_extractor.policy_net)  # type: ignore[assignment]
+
+
+def linear_at_the_end(model: stable_baselines3.PPO) -> None:
+    model.policy.mlp_extractor.value_net.append(nn.Linear(64, 64))
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+
+
+def named_layers(model: stable_baselines3.PPO) -> None:
+    layers = model.policy.mlp_extractor.policy_net.named_children()
+    model.policy.mlp_extractor.policy_net = nn.Sequential(OrderedDict((f"layer_{name}", layer) for name, layer in layers))
+
+
+def unbiased(model: stable_baselines3.PPO) -> None:
+    model.policy.value_net.bias = None  # type: ignore[assignment]
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+
+
+def one_deviation(model: stable_baselines3.PPO) -> None:
+    model.policy.log_std = nn.Parameter(th.tensor(-0.5))
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+
+
+def fixed_deviation(model: stable_baselines3.PPO) -> None:
+    deviation = model.policy.log_std.detach() - 0.5
+    del model.policy.log_std
+    model.policy.register_buffer("log_std", deviation)
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+
+
+def squashing(model: stable_baselines3.PPO) -> None:
+    model.policy._squash_output = True
+
+
+def whole_rollouts(model: stable_baselines3.PPO) -> None:
+    model.batch_size = None  # type: ignore[assignment]
+
+
 def other_policy(model: stable_baselines3.PPO) -> None:
     space = model.observation_space
     model.policy = model.policy_class(space, model.action_space, model.lr_schedule)
@@ -280,6 +344,14 @@ CHANGES = [
     shared_layer,
     shared_memory,
     columns_first,
+    own_network,
+    linear_at_the_end,
+    named_layers,
+    unbiased,
+    one_deviation,
+    fixed_deviation,
+    squashing,
+    whole_rollouts,
     other_policy,
 ]
 LEAKY = Config(kwargs={"policy_kwargs": {"activation_fn": partial(nn.LeakyReLU, 0.1)}})
@@ -345,7 +417,7 @@ def other_rule(model: stable_baselines3.PPO) -> None:
     model.policy.optimizer = th.optim.SGD(model.policy.parameters(), lr=1e-3)
 
 
-UNCOMPARABLE = (other_policy, other_class, own_buffer_method, own_sampling)
+UNCOMPARABLE = (other_policy, other_class, own_buffer_method, own_sampling, one_deviation, fixed_deviation)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +501,9 @@ def test_does_what_users_have_put_into_sb3(name: str, monkeypatch: pytest.Monkey
     [
         *((RolloutBuffer, name) for name in ("add", "get", "compute_returns_and_advantage", "swap_and_flatten")),
         (th.optim.Adam, "step"),
+        *((MlpExtractor, name) for name in ("forward", "forward_actor", "forward_critic")),
+        *((DiagGaussianDistribution, name) for name in ("proba_distribution", "log_prob", "entropy", "sample")),
+        *((nn.Linear, "forward"), (nn.Sequential, "forward"), (nn.Tanh, "forward"), (th.distributions.Normal, "log_prob")),
     ],
 )
 def test_calls_what_users_have_put_into_libraries(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_ppo_variants import PPO, KLEarlyStoppingCallback, UpdateCallback, UpdateStats
 from sb3_ppo_variants.engines import FusedEngine
@@ -311,3 +312,15 @@ def test_refuses_what_users_have_changed() -> None:
     refused(model, "the optimiser has hooks")
     env = make_vec_env(RandomEnv, 2, seed=0)
     refused(PPO(OwnPolicy, env, n_steps=24, batch_size=16, device="cpu", engine="fused"), "the policy, a OwnPolicy, is not")
+    handle = register_optimizer_step_post_hook(lambda *args: None)
+    refused(make(engine="fused"), "all optimisers have hooks")
+    handle.remove()
+    with th.autograd.set_detect_anomaly(True):
+        refused(make(engine="fused"), "autograd is to detect anomalies")
+
+
+def test_refuses_optimizers_of_a_part_of_the_critic() -> None:
+    model = make(engine="fused", n_value_epochs=1)
+    model.value_optimizer = th.optim.Adam(model.policy.value_net.parameters())
+    with pytest.raises(ValueError, match="an optimiser's parameters are not those of the critic"):
+        model.learn(ROLLOUT)

@@ -13,7 +13,7 @@ from sb3_ppo_variants.engines.eager import EagerEngine
 from sb3_ppo_variants.engines.engine import Engine
 from sb3_ppo_variants.engines.fused import FusedEngine
 from sb3_ppo_variants.engines.lean_policy import LeanPolicy
-from sb3_ppo_variants.engines.reasons import why_not_fused, why_not_lean
+from sb3_ppo_variants.engines.reasons import why_not_fused, why_not_lean, why_not_these_actions
 from sb3_ppo_variants.isolation import undisturbed
 from sb3_ppo_variants.losses import Coefficients
 from sb3_ppo_variants.rollout import Minibatch
@@ -51,21 +51,24 @@ class EngineChoice:
         arguments = (model.policy, model.rollout_buffer, model.action_space, coefs, model.max_grad_norm, trust_region)
         if model.engine == "eager":
             return EagerEngine(*arguments)
-        reason = self._why_not_fused(model)
+        reason = self._why_not_fused(model) or why_not_these_actions(model.rollout_buffer, model.action_space)
         if reason is None:
-            if model.engine == "fused" or self._gradients_agree(arguments, model.batch_size):
+            if model.engine == "fused" or self._gradients_agree(arguments, model._minibatch_size):
                 return FusedEngine(*arguments)
             reason = "its gradients differ from autograd's in their last bits on this machine"
         self._say_why_eager(model, reason)
         return EagerEngine(*arguments)
 
-    def engine_after(self, engine: Engine, model: "PPO") -> Engine:
+    def engine_after(self, engine: Engine, obstacle: str, model: "PPO") -> Engine:
         """
-        The engine that goes on after a callback has made it impossible to go on with a fused one.
+        The engine that goes on where a fused one can't.
 
+        :param engine: whose state has been published
+        :param obstacle: why it can't go on
+        :param model: the algorithm
         :raises ValueError: if ``engine`` is ``"fused"``
         """
-        self._say_why_eager(model, self._why_not_fused(model) or "a callback has removed a gradient")
+        self._say_why_eager(model, obstacle)
         return EagerEngine.taking_over(engine)
 
     def lean_policy(self, model: "PPO", buffer: RolloutBuffer) -> LeanPolicy | None:
@@ -111,22 +114,23 @@ class EngineChoice:
         policy, coefs = arguments[0], arguments[3]
         terms = [coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl]
         terms += [coefs.hinge_coef == 0, coefs.normalize_advantage, coefs.critic_apart]
-        key = (*map(id, policy.modules()), batch_size, th.get_num_threads(), *terms)
+        key = (*policy.modules(), batch_size, th.get_num_threads(), *terms)
 
         def look() -> bool:
             before = [parameter.grad for parameter in policy.parameters()]
-            with undisturbed(policy):
-                agreement = all(_losses_gradients_agree(arguments, batch_size, alone) for alone in (False, True))
-            for parameter, grad in zip(policy.parameters(), before, strict=True):
-                parameter.grad = grad
-            return agreement
+            try:
+                with undisturbed(policy):
+                    return all(_losses_gradients_agree(arguments, batch_size, alone) for alone in (False, True))
+            finally:
+                for parameter, grad in zip(policy.parameters(), before, strict=True):
+                    parameter.grad = grad
 
         return self._look_once("gradients", key, look)
 
     def _actions_agree(self, lean_policy: LeanPolicy, model: "PPO") -> bool:
         """Whether the first observations' actions, values and log-probabilities are the policy's own."""
         observations: Any = model._last_obs
-        key = (*map(id, model.policy.modules()), len(observations), th.get_num_threads())
+        key = (*model.policy.modules(), len(observations), th.get_num_threads())
 
         def look() -> bool:
             with undisturbed(model.policy):

@@ -78,9 +78,9 @@ class EagerEngine(Engine):
     def publish(self) -> None:
         """Nothing: this engine works on the policy itself."""
 
-    def fetch(self) -> bool:
+    def fetch(self) -> str | None:
         """Nothing: this engine works on the policy itself."""
-        return True
+        return None
 
     def _params(
         self, minibatch: Minibatch, actions: th.Tensor, log_prob: th.Tensor, stale: object

@@ -109,5 +109,9 @@ class Engine(ABC):
         """Write parameters, gradients and the optimisers' state into the policy and its optimisers."""
 
     @abstractmethod
-    def fetch(self) -> bool:
-        """Take over what somebody may have changed there; ``False`` if this engine can't go on with it."""
+    def fetch(self) -> str | None:
+        """
+        Take over what somebody may have changed there.
+
+        :return: why this engine can't go on with it, ``None`` if it can
+        """

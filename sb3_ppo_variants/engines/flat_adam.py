@@ -114,7 +114,9 @@ class FlatAdam:
     def publish(self) -> None:
         """Write the state into the optimiser's."""
         self._count_steps()
-        for index, parameter in enumerate(self._parameters):
+        indices = {parameter: index for index, parameter in enumerate(self._parameters)}
+        for parameter in self._optimizer.param_groups[0]["params"]:  # the order in which Adam makes its states
+            index = indices[parameter]
             if self._steps[index] == 0:
                 continue
             state = self._optimizer.state[parameter]

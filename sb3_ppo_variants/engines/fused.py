@@ -15,13 +15,23 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_variants.engines.engine import Engine, Forward, LazyMetrics
 from sb3_ppo_variants.engines.flat_adam import FlatAdam, bounds, views
 from sb3_ppo_variants.engines.heads import any_nan, make_head
-from sb3_ppo_variants.engines.network import Layer, Networks, Workspace, actor_and_critic, input_writer, takes_plain_numbers
+from sb3_ppo_variants.engines.network import (
+    Layer,
+    Networks,
+    Workspace,
+    actor_and_critic,
+    input_writer,
+    is_critics,
+    takes_plain_numbers,
+)
 from sb3_ppo_variants.engines.reasons import why_not_fused
 from sb3_ppo_variants.engines.watch import Watch
 from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize_each, ppo_loss, value_loss
 from sb3_ppo_variants.rollout import Minibatch, flatten, policy_actions
 
 ONE, NORM_EPS = np.float32(1), np.float32(1e-6)
+ZEROS = np.array([0.0, -0.0], dtype=np.float32)
+"""Added where clipping takes a gradient away, which makes -0 a 0, and where it doesn't, which changes nothing."""
 
 
 class _Columns(NamedTuple):
@@ -69,6 +79,7 @@ class _Part(NamedTuple):
     :param networks: actor, critic, or both
     :param first: index of the first parameter in the flat order
     :param last: index behind that of the last one
+    :param names: of these parameters
     :param flat_grad: their gradients, shape (n_elements,)
     :param grads: views of these, in the policy's order
     """
@@ -76,6 +87,7 @@ class _Part(NamedTuple):
     networks: Networks
     first: int
     last: int
+    names: set[str]
     flat_grad: np.ndarray
     grads: list[th.Tensor]
 
@@ -101,25 +113,30 @@ class FusedEngine(Engine):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._lay_out()
-        self._adams: dict[th.optim.Optimizer, FlatAdam] = {}
         self._watched = False
-        self._watch = Watch(self._policy)
-        self._write_inputs = input_writer(self._policy)
-        self._plain = takes_plain_numbers(self._policy)
         self._features: np.ndarray | None = None
-        self._optimizer = self._policy.optimizer
         self._latest: _Part | None = None
         self._retired = False
         clip_range = self._coefs.clip_range or 0.0
         self._max_norm = np.float32(float(self._max_grad_norm))
         self._ratio_range = np.float32(1 - clip_range), np.float32(1 + clip_range)
+        self._set_up()
         self._fetch_values()
+
+    def _set_up(self) -> None:
+        """For the policy as it is built now."""
+        self._lay_out()
+        self._adams: dict[th.optim.Optimizer, FlatAdam] = {}
+        self._watch = Watch(self._policy)
+        self._write_inputs = input_writer(self._policy)
+        self._plain = takes_plain_numbers(self._policy)
+        self._optimizer = self._policy.optimizer
+        self._evaluated = False
 
     def _lay_out(self) -> None:
         """Parameters and gradients as flat vectors, the critic's last."""
         parameters: dict[str, th.Tensor] = dict(self._policy.named_parameters())
-        critics = [name for name in parameters if name.startswith(("mlp_extractor.value_net.", "value_net."))]
+        critics = [name for name in parameters if is_critics(name)]
         actors = [name for name in parameters if name not in critics]
         names = [*actors, *critics]
         self._parameters = [parameters[name] for name in names]
@@ -133,9 +150,8 @@ class FusedEngine(Engine):
 
         def part(stacks: list[list[Layer]], first: int, last: int) -> _Part:
             in_policys_order = [grads[name] for name in parameters if name in names[first:last]]
-            return _Part(
-                Networks(stacks, flat_grad), first, last, flat_grad[edges[first] : edges[last]].numpy(), in_policys_order
-            )
+            networks, flat = Networks(stacks, flat_grad), flat_grad[edges[first] : edges[last]].numpy()
+            return _Part(networks, first, last, set(names[first:last]), flat, in_policys_order)
 
         self._joint = part([actor, critic], 0, len(names))
         self._actor = part([actor], 0, len(actors))
@@ -184,6 +200,7 @@ class FusedEngine(Engine):
             outputs = self._load(minibatch, self._actor if coefs.critic_apart else self._joint).forward()
             columns = self._columns
             self._head.forward(outputs[0])
+            self._evaluated = True
             log_prob = self._head.log_prob(columns.actions)
             log_ratio = log_prob - columns.old_log_prob
             self._ratio = _exp(log_ratio)
@@ -255,7 +272,8 @@ class FusedEngine(Engine):
         low, high = self._ratio_range
         clipped_ratio = np.minimum(np.maximum(ratio, low), high)
         share = (1 + np.sign(advantages * clipped_ratio - advantages * ratio)) / 2
-        d_ratio: np.ndarray = d_surrogate * np.maximum(share, clipped_ratio == ratio)
+        inside = clipped_ratio == ratio
+        d_ratio: np.ndarray = d_surrogate * np.maximum(share, inside) + ZEROS[inside.view(np.int8)]
         return d_ratio
 
     def _d_entropy(self) -> np.float32 | None:
@@ -289,6 +307,7 @@ class FusedEngine(Engine):
         inside = (move >= low) & (move <= high)
         return np.where(inside, slope * (predicted - returns) * vf_coef, np.float32(0))
 
+    @np.errstate(all="ignore")
     def step(self, optimizer: th.optim.Optimizer | None = None) -> None:
         """Adam, on flat vectors."""
         adam = self._adam(optimizer or self._policy.optimizer)
@@ -307,6 +326,8 @@ class FusedEngine(Engine):
         """Copies of the flat vectors' parts."""
         if self._retired:
             return
+        if self._evaluated:
+            self._policy.action_dist.distribution = self._head.distribution()
         th._foreach_copy_(self._parameters, self._values)
         if self._latest is not None:
             graded = range(self._latest.first, self._latest.last)
@@ -316,29 +337,39 @@ class FusedEngine(Engine):
             adam.publish()
 
     @th.no_grad()
-    def fetch(self) -> bool:
+    def fetch(self) -> str | None:
         """Into the flat vectors; anything may have happened to the policy, or to the rollout."""
-        if not self._can_go_on():
+        obstacle = self._obstacle()
+        if obstacle is not None:
             self._retired = True
-            return False
+            return obstacle
+        if not self._watch.is_current(self._policy) or self._policy.optimizer is not self._optimizer:
+            self._start_anew()
         self._watched = True
         self._fetch_values()
         for parameter, grad in zip(self._parameters, self._grads, strict=True):
             if parameter.grad is not None:
                 grad.copy_(parameter.grad)
         self._adams = {optimizer: adam for optimizer, adam in self._adams.items() if adam.fetch()}
-        return True
+        return None
 
-    def _can_go_on(self) -> bool:
-        part = self._latest
-        with_gradient = self._parameters if part is None else self._parameters[part.first : part.last]
-        expected = {id(parameter) for parameter in with_gradient}
-        return (
-            self._watch.is_current(self._policy)
-            and why_not_fused(self._policy, self._buffer, list(self._adams)) is None
-            and self._policy.optimizer is self._optimizer
-            and (part is None or all((p.grad is not None) == (id(p) in expected) for p in self._parameters))
-        )
+    def _start_anew(self) -> None:
+        """After somebody has rebuilt the policy, in a way that makes no difference to the loss of the latest minibatch."""
+        parts = [self._joint, self._actor, self._critic]
+        latest = None if self._latest is None else parts.index(self._latest)
+        self._set_up()
+        if latest is not None:
+            self._latest = self._part = [self._joint, self._actor, self._critic][latest]
+
+    def _obstacle(self) -> str | None:
+        """What keeps the step on the latest minibatch, or the next minibatch, from being made here."""
+        others = [optimizer for optimizer in self._adams if optimizer is not self._optimizer]
+        reason = why_not_fused(self._policy, self._buffer, others)
+        if reason is None and self._latest is not None:
+            graded = {name for name, parameter in self._policy.named_parameters() if parameter.grad is not None}
+            if graded != self._latest.names:
+                return "a callback has removed or added a gradient"
+        return reason
 
     def _fetch_values(self) -> None:
         th._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])

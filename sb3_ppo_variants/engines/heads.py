@@ -24,6 +24,7 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 
+from sb3_ppo_variants.engines.deferred import DeferredBernoulli, DeferredCategorical, DeferredNormal
 from sb3_ppo_variants.kl import BernoulliParams, CategoricalParams, DistributionParams, GaussianParams
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
@@ -47,6 +48,10 @@ class Head(ABC):
     @abstractmethod
     def params(self) -> DistributionParams:
         """The distributions' parameters."""
+
+    @abstractmethod
+    def distribution(self) -> th.distributions.Distribution | list[th.distributions.Distribution]:
+        """What SB3's ``action_dist.distribution`` would be."""
 
     @abstractmethod
     def sample(self) -> np.ndarray:
@@ -122,6 +127,10 @@ class GaussianHead(Head):
         mean = th.from_numpy(self._mean.copy())
         return GaussianParams(mean, th.from_numpy(self._sigma).expand_as(mean).clone())
 
+    def distribution(self) -> th.distributions.Distribution:
+        """A ``Normal``."""
+        return DeferredNormal(self._mean.copy(), self._sigma.copy())
+
     def sample(self) -> np.ndarray:
         """Mu + epsilon sigma, epsilon ~ N(0, 1)."""
         if self._epsilon.shape != self._mean.shape:
@@ -190,16 +199,19 @@ class CategoricalHead(Head):
     One or several independent categorical distributions.
 
     :param sizes: numbers of actions, one a distribution
+    :param several: whether the action has an axis for them, even if there is but one
     """
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], several: bool) -> None:
         self._sizes = sizes
+        self._several = several
         self._bounds = [slice(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
         self._at_work: dict[int, list[_Categorical]] = {}
 
     def forward(self, output: np.ndarray) -> None:
         """The outputs are logits, side by side."""
         n_samples = len(output)
+        self._logits = output
         if n_samples not in self._at_work:
             self._at_work[n_samples] = [_Categorical(n_samples, size) for size in self._sizes]
         self._parts = self._at_work[n_samples]
@@ -209,6 +221,13 @@ class CategoricalHead(Head):
     def params(self) -> CategoricalParams:
         """All ln p."""
         return CategoricalParams(th.from_numpy(self.dispersion.copy()))
+
+    def distribution(self) -> th.distributions.Distribution | list[th.distributions.Distribution]:
+        """A ``Categorical``, or a list of them."""
+        logits = self._logits.copy()
+        if not self._several:
+            return DeferredCategorical(logits)
+        return [DeferredCategorical(logits[:, columns]) for columns in self._bounds]
 
     def sample(self) -> np.ndarray:
         """As many draws as there are distributions."""
@@ -314,6 +333,10 @@ class BernoulliHead(Head):
         """All l."""
         return BernoulliParams(th.from_numpy(self.dispersion.copy()))
 
+    def distribution(self) -> th.distributions.Distribution:
+        """A ``Bernoulli``."""
+        return DeferredBernoulli(self.dispersion.copy())
+
     def sample(self) -> np.ndarray:
         """One draw each."""
         actions: np.ndarray = th.bernoulli(self._probs.nan_to_num()).numpy()  # NaN is refused later, in SB3's words
@@ -322,7 +345,7 @@ class BernoulliHead(Head):
     def log_prob(self, actions: np.ndarray) -> np.ndarray:
         """-(ln(1 + e^l) - a l), summed over the distributions."""
         self._actions = actions
-        return -_sum(_cross_entropy(self._logits, th.from_numpy(actions)).numpy(), axis=1)
+        return _sum(-_cross_entropy(self._logits, th.from_numpy(actions)).numpy(), axis=1)
 
     def entropy(self, dispersions: Sequence[np.ndarray], n_samples: int) -> th.Tensor:
         """Ln(1 + e^l) - p l, summed over the distributions."""
@@ -367,9 +390,9 @@ def make_head(distribution: Distribution, tensors: dict[str, th.Tensor], log_std
     if isinstance(distribution, BernoulliDistribution):
         return BernoulliHead()
     if isinstance(distribution, MultiCategoricalDistribution):
-        return CategoricalHead([int(size) for size in distribution.action_dims])
+        return CategoricalHead([int(size) for size in distribution.action_dims], several=True)
     assert isinstance(distribution, CategoricalDistribution)
-    return CategoricalHead([distribution.action_dim])
+    return CategoricalHead([distribution.action_dim], several=False)
 
 
 def _cross_entropy(logits: th.Tensor, targets: th.Tensor) -> th.Tensor:

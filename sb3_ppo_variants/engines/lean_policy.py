@@ -38,6 +38,7 @@ class LeanPolicy:
         self._write_inputs(observations, at_work.inputs)
         output, values = at_work.forward()
         self._head.forward(output)
+        self._policy.action_dist.distribution = self._head.distribution()
         actions = self._head.sample()
         log_probs = self._head.log_prob(actions)
         if any_nan(log_probs):

@@ -35,6 +35,15 @@ class Activation(NamedTuple):
     anywhere: bool = False
 
 
+ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
+"""Modules that :func:`activation` knows."""
+
+
+def is_critics(name: str) -> bool:
+    """Whether a parameter of SB3's MLP policy is the critic's alone, by its name."""
+    return name.startswith(("mlp_extractor.value_net.", "value_net."))
+
+
 def activation(module: nn.Module) -> Activation | None:
     """A module's function, ``None`` if it is none of those known; a subclass is a user's own."""
     settings = vars(module)

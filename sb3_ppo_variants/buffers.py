@@ -1,0 +1,45 @@
+"""Rollout buffers with other targets for the critic than SB3's."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+
+
+class RewardsToGoRolloutBuffer(RolloutBuffer):
+    """
+    SB3's ``RolloutBuffer``, but the returns, which the critic learns, are discounted rewards-to-go.
+
+    The return of a step is the discounted sum of all rewards up to the end of its episode, and where the rollout has cut the
+    episode off, of those it has seen and the discounted value of the last state. (SB3's are those of TD(lambda): the
+    advantage of GAE plus the value.) Advantages stay those of GAE.
+
+    :param standardize: scale the returns to mean 0 and standard deviation 1 over the rollout, and let advantages be these
+        returns minus the values, which ``gae_lambda`` has no part in
+    :param args: those of ``RolloutBuffer``
+    :param kwargs: those of ``RolloutBuffer``
+    """
+
+    def __init__(self, *args: Any, standardize: bool = False, **kwargs: Any) -> None:
+        self.standardize = standardize
+        super().__init__(*args, **kwargs)
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """
+        As in ``RolloutBuffer``.
+
+        :param last_values: values of the states behind the last step, shape (n_envs, 1)
+        :param dones: whether episodes have ended in the last step, shape (n_envs,)
+        """
+        gae_lambda = self.gae_lambda
+        self.gae_lambda = 1.0  # then GAE's advantage plus the value is the reward-to-go
+        super().compute_returns_and_advantage(last_values, dones)
+        self.gae_lambda = gae_lambda
+        rewards_to_go = self.returns
+        if self.standardize:
+            rewards_to_go = (rewards_to_go - rewards_to_go.mean()) / (rewards_to_go.std() + 1e-8)
+            self.advantages = rewards_to_go - self.values
+        else:
+            super().compute_returns_and_advantage(last_values, dones)
+        self.returns = rewards_to_go

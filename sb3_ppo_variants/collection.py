@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -41,18 +41,22 @@ def collect_rollouts(
     if self.use_sde:
         self.policy.reset_noise(env.num_envs)
     callback.on_rollout_start()
+    watched = not _is_nobody(callback)
+    is_current = lean_policy is not None and lean_policy.is_current(self.policy)
 
     while n_steps < n_rollout_steps and (self.n_episodes is None or n_episodes < self.n_episodes):
-        if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-            self.policy.reset_noise(env.num_envs)
+        _renew_noise(self, env, n_steps)
         obs_tensor: Any = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-        actions, values, log_probs, value_array, log_prob_array = _act(self, lean_policy, obs_tensor)
+        if watched:
+            is_current = lean_policy is not None and lean_policy.is_current(self.policy)
+        actions, values, log_probs, value_array, log_prob_array = _act(self, lean_policy if is_current else None, obs_tensor)
         clipped_actions: Any = _executable(self, actions)
 
         new_obs, rewards, dones, infos = env.step(clipped_actions)
 
         self.num_timesteps += env.num_envs
-        callback.update_locals(locals())
+        if watched:
+            callback.update_locals(locals())
         if not callback.on_step():
             return False
         self._update_info_buffer(infos, dones)
@@ -79,17 +83,26 @@ def collect_rollouts(
 
     with th.no_grad():
         values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-    if self.n_episodes is not None:
-        shorten(rollout_buffer)
-    _finish(rollout_buffer, values, dones, lean_policy is not None and len(vars(rollout_buffer)) == n_attributes)
+    _finish(self, rollout_buffer, values, dones, lean_policy is not None and len(vars(rollout_buffer)) == n_attributes)
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
 
 
+def _is_nobody(callback: BaseCallback) -> bool:
+    """Whether it is what SB3 makes of no callback: then nobody looks at the rollout, or changes the policy, on the way."""
+    return type(callback) is ConvertCallback and callback.callback is None
+
+
+def _renew_noise(self: "PPO", env: VecEnv, n_steps: int) -> None:
+    """GSDE's, every so many steps."""
+    if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+        self.policy.reset_noise(env.num_envs)
+
+
 def _act(self: "PPO", lean_policy: LeanPolicy | None, obs_tensor: Any) -> tuple[Any, th.Tensor, th.Tensor, Any, Any]:
     """Actions as an array, values and log-probabilities as tensors and as arrays."""
-    if lean_policy is not None and lean_policy.is_current(self.policy):
+    if lean_policy is not None:
         actions, value_array, log_prob_array = lean_policy.forward(self._last_obs)  # type: ignore[arg-type]
         return actions, th.from_numpy(value_array), th.from_numpy(log_prob_array), value_array, log_prob_array
     with th.no_grad():
@@ -107,8 +120,10 @@ def _executable(self: "PPO", actions: Any) -> Any:
     return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
 
 
-def _finish(buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, as_it_was: bool) -> None:
+def _finish(self: "PPO", buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, as_it_was: bool) -> None:
     """Returns and advantages; ``as_it_was``: nobody has put a method of its own into a known buffer."""
+    if self.n_episodes is not None:
+        shorten(buffer)
     if as_it_was and type(buffer) is RolloutBuffer:
         compute_returns_and_advantage(buffer, last_values, dones)
     else:

@@ -15,7 +15,7 @@ help:
 	@echo "make clean   remove the virtual environment and caches"
 
 demo: $(INSTALLED)
-	$(BIN)/python -m benchmarks.demo $(ARGS)
+	$(BIN)/python -m benchmarks.compare --preset demo $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

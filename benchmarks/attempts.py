@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from benchmarks.report import markdown
+from benchmarks.tables import markdown
 
 Ways = tuple[Callable[[], Any], Callable[[], Any]]
 SAMPLES, SIZES = (1, 3, 7, 64, 100, 256, 2048), (1, 5, 17, 64, 100, 376)

@@ -16,13 +16,22 @@ def provenance() -> dict[str, str]:
     """What a reader needs to know to reproduce the results of the running command."""
     module = sys.modules["__main__"].__spec__
     command = ["python", "-m", module.name] if module is not None else ["python", Path(sys.argv[0]).name]
+    return {"command": shlex.join([*command, *sys.argv[1:]]), **origin()}
+
+
+def origin() -> dict[str, str]:
+    """The same without the command."""
     return {
-        "command": shlex.join([*command, *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]),
+        "versions": versions(),
         "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
     }
+
+
+def versions() -> str:
+    """Of Python and of the packages that results depend on."""
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
 
 
 def _commit() -> str:

@@ -1,180 +1,331 @@
-"""Tables and figures of results."""
+"""The report of a comparison: tables, warnings, figures and CSV files, all from its results."""
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
+from benchmarks import figures
+from benchmarks.claims import Claim
+from benchmarks.grid import Grid
 from benchmarks.provenance import provenance
-from benchmarks.runs import EPISODES, Result
+from benchmarks.result import EPISODES, FINAL, Result
+from benchmarks.stats import (
+    CONFIDENCE,
+    Estimate,
+    improvement_estimate,
+    iqm,
+    iqm_estimate,
+    p_value,
+    smallest_p_value,
+)
+from benchmarks.tables import markdown
+from benchmarks.variants import BASELINE
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette, told apart by colour-blind readers too."""
+ALL = "all"
+"""In place of an environment's name."""
 
 
-def table(results: Sequence[Result]) -> str:
+class Comparison:
     """
-    One row a variant, over its seeds.
+    Results by environment and variant, and what follows from them.
 
-    :param results: of all variants and seeds
-    :return: Markdown, which reads well in a terminal too
+    :param grid: what was compared
+    :param results: of the runs that have been finished
     """
-    rows = []
-    for variant, group in _by_variant(results).items():
-        solved = [result.steps_to_solve for result in group if result.steps_to_solve is not None]
-        updates = pd.concat([result.updates for result in group])
-        rows.append(
-            (
-                variant,
-                _mean_and_range([result.final_return for result in group], "{:.1f}"),
-                f"{updates['kl'].mean():.4f}",
-                _mean_and_range([float(result.updates["kl_coef"].iloc[-1]) for result in group], "{:.2g}"),
-                _mean_and_range(solved, "{:,.0f}") if solved else "-",
-                f"{len(solved)} of {len(group)}",
-            )
-        )
-    header = ("variant", f"final return ({EPISODES} episodes)", "KL an update", "beta at the end", "steps to solve", "solved")
-    return markdown([header, *rows])
+
+    def __init__(self, grid: Grid, results: Sequence[Result]) -> None:
+        self.grid = grid
+        self.cells: dict[tuple[str, str], list[Result]] = {}
+        for env in grid.envs:
+            for variant in grid.variants:
+                own = [result for result in results if (result.job.env, result.job.variant) == (env, variant)]
+                if own:
+                    self.cells[env, variant] = own
+        self.envs = [env for env in grid.envs if any(env == each for each, _ in self.cells)]
+        self.variants = [variant for variant in grid.variants if any(variant == each for _, each in self.cells)]
+        self.baseline = BASELINE if BASELINE in self.variants else self.variants[0]
+        self.finals = {key: np.array([result.final_return for result in own]) for key, own in self.cells.items()}
+        self.jobs = self._jobs()
+
+    def threshold(self, env: str) -> float:
+        """The return that counts as solved; for tasks that have none the baseline's final return."""
+        result = next(own[0] for (each, _), own in self.cells.items() if each == env)
+        if result.threshold is not None:
+            return result.threshold
+        return float(iqm(self.finals.get((env, self.baseline), np.array([np.nan]))))
+
+    def _jobs(self) -> pd.DataFrame:
+        """One row a run."""
+        rows = [
+            {
+                "env": env,
+                "variant": variant,
+                "seed": result.job.seed,
+                "final_return": result.final_return,
+                "untrained_return": result.untrained_return,
+                "threshold": threshold,
+                "steps_to_threshold": result.steps_to_return(threshold),
+                "median_kl": result.updates["kl"].median(),
+                "last_kl_coef": result.updates["kl_coef"].iloc[-1],
+                "mean_clip_fraction": result.updates["clip_fraction"].mean(),
+                "wall_time": result.wall_time,
+                "steps_per_second": result.updates["timesteps"].max() / result.wall_time,
+            }
+            for (env, variant), own in self.cells.items()
+            for threshold in [self.threshold(env)]
+            for result in own
+        ]
+        return pd.DataFrame(rows)
+
+    def summary(self) -> pd.DataFrame:
+        """One row an environment (or all) and variant; intervals are 95 %."""
+        rows = []
+        for env, variant in self.cells:
+            own = self.jobs[(self.jobs["env"] == env) & (self.jobs["variant"] == variant)]
+            finals, theirs = self.finals[env, variant], self.finals.get((env, self.baseline))
+            final = iqm_estimate([finals])
+            row = {"env": env, "variant": variant, "n_seeds": len(finals), **_spread("final_return", final)}
+            if theirs is not None and variant != self.baseline:
+                row |= _spread("improvement", improvement_estimate([finals], [theirs])) | {"p_value": p_value(finals, theirs)}
+            steps = own["steps_to_threshold"]
+            row |= {
+                "threshold": own["threshold"].iloc[0],
+                "n_solved": int(np.isfinite(steps).sum()),
+                "median_steps": steps.median(),
+            }
+            row |= {
+                name: own[name].median() for name in ("median_kl", "last_kl_coef", "mean_clip_fraction", "steps_per_second")
+            }
+            rows.append(row)
+        scores = self.scores()
+        for variant in scores if len(self.envs) > 1 else ():
+            row = {"env": ALL, "variant": variant, "n_seeds": min(map(len, scores[variant]))}
+            row |= _spread("final_return", iqm_estimate(scores[variant]))
+            if variant != self.baseline and self.baseline in scores:
+                row |= _spread("improvement", improvement_estimate(scores[variant], scores[self.baseline]))
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def scores(self) -> dict[str, list[np.ndarray]]:
+        """Normalised final returns of the variants that have run everywhere: 0 untrained, 1 the best run."""
+        bounds = {}
+        for env in self.envs:
+            own = self.jobs[self.jobs["env"] == env]
+            low, high = own["untrained_return"].mean(), own["final_return"].max()
+            bounds[env] = low if np.isfinite(low) else own["final_return"].min(), high
+        return {
+            variant: [(self.finals[env, variant] - bounds[env][0]) / (bounds[env][1] - bounds[env][0]) for env in self.envs]
+            for variant in self.variants
+            if all((env, variant) in self.finals for env in self.envs)
+        }
 
 
-def write_report(results: Sequence[Result], folder: Path) -> None:
+def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Mapping[str, str]) -> str:
     """
-    Write everything about some results into a folder.
+    Write everything about a grid's results into a folder.
 
-    ``report.md`` (table, and where the results come from), ``learning_curves.png``, ``episodes.csv`` and
-    ``updates.csv`` (the raw results).
+    ``report.md``; ``episodes.csv.gz`` and ``updates.csv.gz`` (the raw results), ``jobs.csv`` (one row a run), ``summary.csv``
+    (the tables' numbers), and figures.
 
-    :param results: of all variants and seeds, of one environment
+    :param grid: what was compared
+    :param results: of the runs that have been finished, at least one
     :param folder: an existing folder
+    :param failed: runs that have failed, and why
+    :return: the tables and warnings
     """
-    for name in ("episodes", "updates"):
-        frames = {(result.run.env_id, result.run.variant, result.run.seed): getattr(result, name) for result in results}
-        raw = pd.concat(frames, names=["env_id", "variant", "seed", "row"]).droplevel("row")
-        raw.to_csv(folder / f"{name}.csv", float_format="%.6g")
-    learning_curves(results, folder / "learning_curves.png")
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    arguments = {result.run.variant: result.run.arguments for result in results}
-    variants = "\n".join(f"- {variant}: `{kwargs}`" for variant, kwargs in arguments.items())
-    title = f"# {results[0].run.env_id}: {', '.join(arguments)}"
-    text = f"{title}\n\n{table(results)}\n\n![Learning curves](learning_curves.png)\n\n{origin}\n\nArguments:\n\n{variants}\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
-
-
-def learning_curves(results: Sequence[Result], path: Path, n_points: int = 200) -> None:
-    """
-    Return, KL and beta against time steps, the mean of each variant's seeds with their range.
-
-    :param results: of all variants and seeds, of one environment
-    :param path: the PNG
-    :param n_points: points a curve
-    """
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    steps = np.linspace(0, max(result.run.timesteps for result in results), n_points)
-    for color, (variant, group) in zip(itertools.cycle(COLORS), _by_variant(results).items(), strict=False):
-        returns = [_resampled(steps, result.episodes["timesteps"], _smoothed_returns(result)) for result in group]
-        _band(axes[0], steps, returns, variant, color)
-        for axis, column in ((axes[1], "kl"), (axes[2], "kl_coef")):
-            curves = [_resampled(steps, result.updates["timesteps"], result.updates[column]) for result in group]
-            if column == "kl" or np.nanmax(curves) > 0:
-                _band(axis, steps, curves, variant, color)
-    env_id, n_seeds = results[0].run.env_id, len({result.run.seed for result in results})
-    axes[0].set(title=f"{env_id}: return (mean of {EPISODES} episodes)", xlabel="time steps", ylim=(0, None))
-    axes[1].set(title="exact KL(old || new) of each update", xlabel="time steps", ylabel="nats", yscale="log")
-    axes[2].set(title="coefficient beta of the KL penalty", xlabel="time steps", yscale="log")
-    targets = {result.run.arguments["kl_target"] for result in results if "kl_target" in result.run.arguments}
-    for target in targets:
-        axes[1].axhline(target, color="grey", linestyle=":", label="target of adaptive_kl")
-    for axis in axes:
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Lines: mean of {n_seeds} seeds; bands: their range", fontsize="medium", color="grey")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
-    variants = dict.fromkeys(result.run.variant for result in results)
-    return {variant: [result for result in results if result.run.variant == variant] for variant in variants}
-
-
-def _smoothed_returns(result: Result) -> "pd.Series[float]":
-    return result.episodes["episode_return"].rolling(EPISODES, min_periods=1).mean()
-
-
-def _resampled(steps: np.ndarray, timesteps: "pd.Series[int]", values: "pd.Series[float]") -> np.ndarray:
-    """The curve's value at each of ``steps``: the latest one, NaN before the first."""
-    latest = np.searchsorted(timesteps.to_numpy(), steps, side="right") - 1
-    return np.where(latest >= 0, values.to_numpy()[np.maximum(latest, 0)], np.nan)
-
-
-def _band(axis: Axes, steps: np.ndarray, curves: list[np.ndarray], label: str, color: str) -> None:
-    known = ~np.isnan(curves).any(axis=0)
-    axis.plot(steps[known], np.mean(curves, axis=0)[known], label=label, color=color)
-    axis.fill_between(steps[known], np.min(curves, axis=0)[known], np.max(curves, axis=0)[known], color=color, alpha=0.2, lw=0)
-
-
-def _mean_and_range(values: Sequence[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    mean = form.format(float(np.mean(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
-
-
-def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
-    """
-    How many times as long others take as this package, setting by setting.
-
-    :param measurements: with columns measure, setting, algorithm, turn, value
-    :param path: the PNG
-    """
-    titles = {
-        "whole": "whole runs",
-        "minibatch": "a minibatch of an update",
-        "rollout": "a rollout step, outside the environment",
-    }
-    drawn = {measure: measurements[measurements["measure"] == measure] for measure in titles}
-    drawn = {measure: group for measure, group in drawn.items() if len(group) > 0}
-    if not drawn:
-        return
-    heights = [group.groupby(["setting", "algorithm"]).ngroups for group in drawn.values()]
-    figure, axes = plt.subplots(
-        len(drawn),
-        1,
-        figsize=(9, 1.5 + 0.25 * sum(heights)),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
+    comparison = Comparison(grid, results)
+    summary = comparison.summary()
+    _write_csv(comparison, summary, folder)
+    names = _draw(comparison, summary, folder)
+    tables = "\n\n".join(
+        [*_tables(comparison, summary), *_claims(grid.claims, results), *_warnings(comparison, summary, failed)]
     )
-    for axis, (measure, group) in zip(axes[:, 0], drawn.items(), strict=True):
-        by_turn = group.pivot(index=["setting", "turn"], columns="algorithm", values="value")
-        ratios = by_turn.div(by_turn["ours"], axis=0).drop(columns="ours").dropna(axis=1)
-        settings = list(dict.fromkeys(group["setting"]))[::-1]
-        for number, name in enumerate(ratios):
-            each = ratios[name].groupby("setting").agg(["median", "min", "max"]).loc[settings]
-            heights_of_bars = np.arange(len(settings)) - (number - (ratios.shape[1] - 1) / 2) * 0.4
-            whiskers = [each["median"] - each["min"], each["max"] - each["median"]]
-            style = {"color": COLORS[number], "height": 0.36, "label": f"{name} / ours", "error_kw": {"ecolor": "grey"}}
-            axis.barh(heights_of_bars, each["median"], xerr=whiskers, **style)
-        axis.axvline(1, color="black", lw=1)
-        axis.set(title=titles[measure], yticks=range(len(settings)), yticklabels=settings)
-        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set(xlabel="times as long as this package (bars: median of rounds; whiskers: smallest and largest)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    title = grid.title or " on ".join(map(", ".join, (comparison.variants, comparison.envs)))
+    pictures = "\n\n".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in names)
+    text = "\n\n".join([f"# {title}", tables, pictures, _explanations(comparison), _origin(results), _settings(grid)])
+    (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    return tables
 
 
-def markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    """A table, with its header as the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+def _spread(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _write_csv(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> None:
+    for name in ("episodes", "updates"):
+        frames = {
+            (env, variant, result.job.seed): getattr(result, name)
+            for (env, variant), own in comparison.cells.items()
+            for result in own
+        }
+        raw = pd.concat(frames, names=["env", "variant", "seed", "row"]).droplevel("row")
+        # Without the time in the archive the same results make the same file.
+        raw.to_csv(folder / f"{name}.csv.gz", float_format="%.8g", compression={"method": "gzip", "mtime": 1})
+    comparison.jobs.to_csv(folder / "jobs.csv", index=False, float_format="%.8g")
+    summary.to_csv(folder / "summary.csv", index=False, float_format="%.8g")
+
+
+def _draw(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> list[str]:
+    """Draw the figures; return the names of those that there are."""
+    figures.learning_curves(comparison.cells, folder / "learning_curves.png")
+    estimates = {
+        (row["env"], row["variant"]): Estimate(row["improvement"], row["improvement_low"], row["improvement_high"])
+        for _, row in summary.iterrows()
+        if "improvement" in row and np.isfinite(row["improvement"])
+    }
+    if estimates:
+        figures.improvement(estimates, comparison.baseline, folder / "improvement.png")
+    if len(comparison.envs) > 1:
+        figures.profiles(comparison.scores(), folder / "profiles.png")
+    figures.divergence(comparison.cells, folder / "divergence.png")
+    figures.efficiency(comparison.jobs, folder / "efficiency.png")
+    figures.all_seeds(comparison.cells, folder / "all_seeds.png")
+    names = ("learning_curves", "improvement", "profiles", "divergence", "efficiency", "all_seeds")
+    return [name for name in names if (folder / f"{name}.png").exists()]
+
+
+def _tables(comparison: Comparison, summary: pd.DataFrame) -> list[str]:
+    tables = []
+    for env in comparison.envs:
+        own = summary[summary["env"] == env]
+        threshold = own["threshold"].iloc[0]
+        header = (
+            "variant",
+            "final return",
+            f"beats {comparison.baseline}",
+            "p",
+            f"reached {threshold:.5g}",
+            "steps to it",
+            "KL an update",
+        )
+        rows = [_row(row) for _, row in own.iterrows()]
+        tables.append(f"## {env}\n\n{markdown([(*header, 'beta at the end', 'clip fraction', 'steps/s'), *rows])}")
+    total = summary[summary["env"] == ALL]
+    if len(total):
+        rows = [
+            (row["variant"], _interval(row, "final_return", ".3f"), _interval(row, "improvement", ".2f"))
+            for _, row in total.iterrows()
+        ]
+        title = f"## All {len(comparison.envs)} environments"
+        tables.append(
+            f"{title}\n\n{markdown([('variant', 'normalised final return', f'beats {comparison.baseline}'), *rows])}"
+        )
+    return tables
+
+
+def _row(row: "pd.Series[float]") -> tuple[str, ...]:
+    steps = row["median_steps"]
+    return (
+        str(row["variant"]),
+        _interval(row, "final_return", ".4g"),
+        _interval(row, "improvement", ".2f"),
+        _number(row.get("p_value"), ".3f"),
+        f"{row['n_solved']} of {row['n_seeds']}",
+        f"{steps:,.0f}" if np.isfinite(steps) else "-",
+        _number(row["median_kl"], ".2g"),
+        _number(row["last_kl_coef"], ".2g"),
+        _number(row["mean_clip_fraction"], ".2g"),
+        _number(row["steps_per_second"], ",.0f"),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not np.isfinite(value) else format(value, form)
+
+
+def _interval(row: "pd.Series[float]", name: str, form: str) -> str:
+    value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    bounds = "" if low is None or not np.isfinite(low) else f" [{_number(low, form)}, {_number(high, form)}]"
+    return _number(value, form) + bounds
+
+
+def _claims(claims: Sequence[Claim], results: Sequence[Result]) -> list[str]:
+    rows = []
+    for claim in claims:
+        values = claim.values(results)
+        if len(values):
+            low, middle, high = (_number(value, ".4g") for value in np.quantile(values, [0, 0.5, 1], method="nearest"))
+            bound = f"at least {claim.at_least:g}" if claim.at_least is not None else f"at most {claim.at_most:g}"
+            measure = claim.measure.replace("_", " ") + ("" if claim.of_return is None else f" {claim.of_return:g}")
+            wanted = f"{measure} {bound}, {'median' if claim.seeds == 'median' else 'all seeds'}"
+            reached = f"{middle} ({low} to {high}, {len(values)} seeds)"
+            rows.append(
+                (claim.says, f"{claim.variant} on {claim.env}: {wanted}", reached, "yes" if claim.holds(values) else "no")
+            )
+    return (
+        [f"## What was to be shown\n\n{markdown([('reported', 'here', 'reached (median, range)', 'holds'), *rows])}"]
+        if rows
+        else []
+    )
+
+
+def _warnings(comparison: Comparison, summary: pd.DataFrame, failed: Mapping[str, str]) -> list[str]:
+    """What a reader should know before concluding anything."""
+    texts = [f"{name} has failed: {error}" for name, error in failed.items()]
+    counts = {len(own) for own in comparison.cells.values()}
+    missing = len(comparison.grid.jobs()) - sum(len(own) for own in comparison.cells.values())
+    if missing:
+        texts.append(f"{missing} of {len(comparison.grid.jobs())} runs are missing.")
+    n_seeds = min(counts)
+    if smallest_p_value(n_seeds) > 1 - CONFIDENCE:
+        count = "1 seed is" if n_seeds == 1 else f"{n_seeds} seeds are"
+        texts.append(
+            f"{count} too few to tell variants apart: even if all runs of one beat all of the other, p is "
+            f"{smallest_p_value(n_seeds):.2g}. Take at least {_enough_seeds()}."
+        )
+    for env in [*comparison.envs, *([ALL] if len(comparison.envs) > 1 else [])]:
+        own = summary[summary["env"] == env]
+        if "improvement" not in own:
+            continue
+        known = own[own["improvement"].notna()]
+        apart = (known["improvement_low"] > 0.5) | (known["improvement_high"] < 0.5)
+        alike = list(known["variant"][~apart])
+        if alike:
+            where = "over all environments" if env == ALL else f"on {env}"
+            texts.append(f"With these seeds {comparison.baseline} can't be told apart {where} from: {', '.join(alike)}.")
+    return ["## Read with care\n\n" + "\n".join(f"- {text}" for text in texts)] if texts else []
+
+
+def _enough_seeds() -> int:
+    return next(n for n in range(1, 100) if smallest_p_value(n) <= 1 - CONFIDENCE)
+
+
+def _explanations(comparison: Comparison) -> str:
+    baseline = comparison.baseline
+    return f"""## What the numbers mean
+
+- final return: of a run, the mean of the training episodes that have ended in the last {FINAL:.0%} of its time steps; of a
+  variant, the interquartile mean of its runs, with the 95 % interval of a bootstrap over seeds (stratified by environment).
+  Training episodes are played by the stochastic policy.
+- beats {baseline}: the probability that a run drawn at random has a higher final return than one of {baseline}, with the same
+  kind of interval; p: two-sided Mann-Whitney test.
+- reached: how many runs have had a mean return of {EPISODES} consecutive episodes at or above the number (gymnasium's, the
+  grid's, or for tasks without one {baseline}'s final return), and after how many time steps (median).
+- KL an update: exact KL(old || new) of a whole update, in nats, median over updates, then over runs; beta at the end: the
+  penalty's coefficient in the last update, median over runs; clip fraction: as SB3 logs it, mean over updates. SB3's own
+  algorithms log no exact KL.
+- steps/s: time steps a second of wall time, median; other runs on the same machine share its memory and caches.
+- normalised: 0 is the mean return before the first update, 1 the best run's final return."""
+
+
+def _origin(results: Sequence[Result]) -> str:
+    """Where the results come from; they may have been computed in several goes."""
+    here = provenance()
+    lines = [f"- command: `{here['command']}`"]
+    for key in ("commit", "date", "versions", "machine"):
+        values = dict.fromkeys(result.provenance[key] for result in results)
+        lines.append(f"- {key}: {'; '.join(values)}")
+    return "## Where they come from\n\n" + "\n".join(lines)
+
+
+def _settings(grid: Grid) -> str:
+    """Of each task and variant, what isn't the algorithm's default."""
+    jobs = {(job.env, job.variant): job for job in grid.jobs() if job.seed == 0}
+    rows = [("env", "variant", "algorithm", "time steps", "environments", "arguments")]
+    for (env, variant), job in jobs.items():
+        arguments = {**job.arguments, **job.callbacks, **({"normalize": True} if job.normalize else {})}
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        rows.append((env, variant, job.algorithm, f"{job.timesteps:,}", str(job.n_envs), f"`{shown}`" if shown else "-"))
+    return f"## Settings\n\n{markdown(rows)}"

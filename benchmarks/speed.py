@@ -28,8 +28,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_ppo_variants
+from benchmarks.figures import draw_speed
 from benchmarks.provenance import provenance
-from benchmarks.report import draw_speed, markdown
+from benchmarks.tables import markdown
 
 N_ROLLOUT = 2048
 """Samples a rollout, whatever the number of environments."""

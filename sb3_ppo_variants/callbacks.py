@@ -100,6 +100,11 @@ class UpdateHooks:
         if callback not in self._callbacks:
             self._callbacks.append(callback)
 
+    def ask(self, hook: str) -> bool:
+        """Whether any callback has a hook of its own: calling hooks inside the update costs time."""
+        inherited = getattr(UpdateCallback, hook)
+        return any(getattr(getattr(callback, hook), "__func__", None) is not inherited for callback in self._callbacks)
+
     def on_update_start(self, num_timesteps: int) -> None:
         """Before the first minibatch."""
         for callback in self._callbacks:

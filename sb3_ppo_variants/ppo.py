@@ -286,7 +286,7 @@ class PPO(stable_baselines3.PPO):
         stats = UpdateStats(coefs, trust_region, keep_kls=watched and trust_region is not None)
         self._update_hooks.on_update_start(self.num_timesteps)
         engine = self._engine_choice.engine(self, coefs, trust_region)
-        hooked = bool(self._update_hooks)
+        hooked, hooked_between_epochs = map(self._update_hooks.ask, ("_on_minibatch", "_on_epoch_end"))
 
         try:
             while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
@@ -303,7 +303,7 @@ class PPO(stable_baselines3.PPO):
                     stats.gradient_steps += 1
                 else:
                     stats.epochs_completed += 1
-                    if hooked:
+                    if hooked_between_epochs:
                         engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
                 self._n_updates += 1
             self._train_critic(engine, stats)

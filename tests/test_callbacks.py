@@ -152,6 +152,30 @@ def test_is_called_once_where_it_stands_twice() -> None:
     assert journal.calls.count("end") == 1
 
 
+def test_hooks_that_nobody_has_written_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnlyAtTheEnd(UpdateCallback):
+        def _on_update_end(self, stats: UpdateStats) -> None:
+            self.logger.record("test/steps", stats.gradient_steps)
+
+    class BetweenEpochs(UpdateCallback):
+        def _on_epoch_end(self, stats: UpdateStats) -> bool:
+            return True
+
+    calls = []
+    original = PPO._call_hooks
+    monkeypatch.setattr(PPO, "_call_hooks", lambda self, *args: calls.append(1) or original(self, *args))
+    small(n_epochs=3).learn(64, callback=OnlyAtTheEnd())
+    assert not calls
+    small(n_epochs=3).learn(64, callback=[OnlyAtTheEnd(), BetweenEpochs()])
+    n_updates = len(calls) / 3
+    assert n_updates >= 1
+    callback = OnlyAtTheEnd()
+    callback._on_minibatch = lambda stats: True  # type: ignore[method-assign]
+    calls.clear()
+    small(n_epochs=3).learn(64, callback=callback)
+    assert len(calls) > 3 * n_updates
+
+
 def test_works_beside_a_function() -> None:
     steps = []
     small().learn(ROLLOUT, callback=lambda locals_, globals_: steps.append(1) is None)

@@ -1,0 +1,75 @@
+"""What the results of a grid are to show, such as the figures that a document reports, and whether they do."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.result import Result
+
+MEASURES = Literal["updates_to_return", "last_rollout_return", "best_return"]
+
+
+class Claim(BaseModel):
+    """
+    A bound on a measure of one variant's runs.
+
+    :param says: what the document reports, in its words
+    :param env: name of the environment
+    :param variant: name of the variant
+    :param measure: ``updates_to_return``: the number of rollouts until the mean return of a rollout's episodes reaches
+        ``of_return``, infinite if never; ``last_rollout_return``: that mean in the last rollout; ``best_return``: the largest
+        mean return of 100 consecutive episodes
+    :param of_return: see there
+    :param at_least: the measure's lower bound
+    :param at_most: its upper bound
+    :param seeds: ``median``: holds for the seeds' median; ``all``: for each of them
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    says: str
+    env: str
+    variant: str
+    measure: MEASURES
+    of_return: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    seeds: Literal["median", "all"] = "median"
+
+    def values(self, results: Sequence[Result]) -> np.ndarray:
+        """
+        The measure of each run, in the order of the seeds.
+
+        :param results: of the grid
+        """
+        own = sorted((each for each in results if (each.job.env, each.job.variant) == (self.env, self.variant)), key=_seed)
+        return np.array([self._value(result) for result in own])
+
+    def _value(self, result: Result) -> float:
+        if self.measure == "best_return":
+            return float(result.mean_returns.max())
+        returns = result.returns_by_update
+        if self.measure == "last_rollout_return":
+            return float(returns.iloc[-1])
+        assert self.of_return is not None
+        reached = np.flatnonzero(returns.to_numpy() >= self.of_return)
+        return float(reached[0] + 1) if len(reached) else np.inf
+
+    def holds(self, values: np.ndarray) -> bool:
+        """
+        Whether the bounds hold.
+
+        :param values: as :meth:`values` returns them
+        """
+        if len(values) == 0:
+            return False
+        bounded = np.median(values, keepdims=True) if self.seeds == "median" else values
+        low = -np.inf if self.at_least is None else self.at_least
+        high = np.inf if self.at_most is None else self.at_most
+        return bool(np.all((low <= bounded) & (bounded <= high)))
+
+
+def _seed(result: Result) -> int:
+    return result.job.seed

@@ -1,0 +1,209 @@
+"""
+Which variant should I use here, and how sure can I be?
+
+Run it with ``python -m benchmarks.compare``; ``--help`` lists what can be said.
+"""
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from benchmarks.grid import Grid, GridError, included, make_grid, one_of, override, read_grid
+from benchmarks.job import Job
+from benchmarks.report import write_report
+from benchmarks.result import Folder, ResultsError
+from benchmarks.scheduling import BACKENDS, InterruptedGridError, run_jobs
+from benchmarks.training import make_callbacks, make_env, make_model
+from benchmarks.variants import VARIANTS
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What the command line asks for.
+
+    :param grid: what to compare
+    :param folder: where the results go
+    :param options: the rest
+    """
+
+    grid: Grid
+    folder: Folder
+    options: argparse.Namespace
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Train what has not been trained yet, and write the report.
+
+    :param arguments: of the command line
+    :return: the exit status
+    """
+    try:
+        plan = _plan(arguments)
+        jobs = plan.grid.jobs()
+        with plan.folder.locked():
+            plan.folder.check(jobs)
+            left = [job for job in jobs if not plan.folder.finished(job)]
+            check_jobs(left, plan.options.video)
+            return _compare(plan, jobs, left)
+    except (GridError, ResultsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except (InterruptedGridError, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        print(f"\n{reason}. What has been finished is kept: the same command goes on from there.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
+    options, folder = plan.options, plan.folder
+    variants, envs = ", ".join(plan.grid.variants), ", ".join(plan.grid.envs)
+    done = f", {len(jobs) - len(left)} of them already done" if len(left) < len(jobs) else ""
+    print(f"{len(jobs)} runs of {variants} on {envs}, {plan.grid.seeds} seeds each{done}.")
+    failed: dict[str, str] = {}
+    if left:
+        failed = run_jobs(
+            left, folder, backend=options.backend, n_jobs=options.jobs, tensorboard=options.tensorboard, video=options.video
+        )
+    results = folder.read(jobs)
+    if not results:
+        print("No run has been finished: there is nothing to report.", file=sys.stderr)
+        return EXIT_FAILED
+    print(f"\n{write_report(plan.grid, results, folder.path, failed)}\n")
+    print(f"Report:      {folder.path / 'report.md'}, with figures and CSV files beside it")
+    if options.tensorboard:
+        print(
+            f"TensorBoard: {_beside_python('tensorboard')} --logdir {folder.tensorboard}   (then open http://localhost:6006)"
+        )
+    if options.video:
+        print(f"Videos:      {folder.videos}")
+    return EXIT_FAILED if failed else 0
+
+
+def check_jobs(jobs: Iterable[Job], video: bool) -> None:
+    """
+    Build everything once, so that what is wrong with it shows before any job starts.
+
+    :param jobs: what to train
+    :param video: whether videos are to be recorded
+    :raises GridError: if something can't be built
+    """
+    if video and importlib.util.find_spec("moviepy") is None:
+        raise GridError("--video needs the package moviepy (pip install moviepy)")
+    seen: set[tuple[str, str]] = set()
+    for job in jobs:
+        if (job.env, job.variant) in seen:
+            continue
+        if not any(job.env == env for env, _ in seen):
+            _check_env(job, video)
+        seen.add((job.env, job.variant))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the job itself will warn
+                env = make_env(job)
+                make_model(job, env)
+                make_callbacks(job)
+                env.close()
+        except Exception as error:
+            raise GridError(f"{job.variant} on {job.env}: {error}") from error
+
+
+def _check_env(job: Job, video: bool) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gym.make(job.env, **{**job.env_kwargs, **({"render_mode": "rgb_array"} if video else {})}).close()
+    except gym.error.UnregisteredEnv as error:
+        raise GridError(f"unknown environment: {error}") from error
+    except Exception as error:
+        raise GridError(f"environment {job.env}: {error}") from error
+
+
+def _plan(arguments: Sequence[str] | None) -> Plan:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Compare variants of PPO.")
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--grid", type=Path, metavar="FILE", help="a YAML file that says all of the following")
+    for kind, text in (("preset", "a source system"), ("study", "a study of which results are committed")):
+        source.add_argument(f"--{kind}", metavar="NAME", help=f"{text}: {', '.join(included(kind)) or 'none'}")
+    add("--env", nargs="+", metavar="ID", help="environments, by gymnasium's names")
+    add("--variants", nargs="+", metavar="NAME", help=f"among {', '.join(VARIANTS)} (default: clip adaptive_kl fixed_kl_3)")
+    add("--seeds", type=_positive, metavar="N", help="seeds of each variant (default: 5)")
+    add("--timesteps", type=_positive, metavar="N", help="time steps of a run (default: 100000)")
+    add("--n-envs", type=_positive, metavar="N", help="environments of a run (default: 1)")
+    add("--normalize", action="store_true", default=None, help="normalise observations and rewards (VecNormalize)")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="ARGUMENT=VALUE",
+        help="arguments of PPO; VARIANT:ARGUMENT=VALUE for one variant",
+    )
+    add("--output", type=Path, metavar="FOLDER", help="where results go, and go on (default: runs/compare, or runs/NAME)")
+    add("--jobs", type=_positive, default=-1, metavar="N", help="runs at the same time (default: one a core)")
+    add("--backend", choices=BACKENDS, default="loky", help="processes here, a Ray cluster, or one after the other")
+    add("--no-tensorboard", dest="tensorboard", action="store_false", help="write no files for TensorBoard")
+    add("--video", action="store_true", help="record the first seed of each variant before, during and after training")
+    options = parser.parse_args(arguments)
+    content, name = _content(options)
+    grid = make_grid(content, str(options.grid or name))
+    return Plan(grid, Folder(options.output or Path("runs") / name), options)
+
+
+def _content(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What the file says, and the command line over it; and a name for it."""
+    content: dict[str, Any] = {}
+    name = "compare"
+    if options.grid is not None:
+        content, name = read_grid(options.grid), options.grid.stem
+    for kind in ("preset", "study"):
+        if (chosen := getattr(options, kind)) is not None:
+            grids = included(kind)
+            content, name = read_grid(grids[one_of(kind, chosen, grids)]), chosen
+    flags = {"envs": options.env, "variants": options.variants, "seeds": options.seeds, "timesteps": options.timesteps}
+    flags |= {"n_envs": options.n_envs, "normalize": options.normalize}
+    for key, value in flags.items():
+        if value is not None:
+            content[key] = _chosen(key, value, content.get(key))
+    if "envs" not in content:
+        raise GridError("--env is missing: name one or several environments, or a --grid, --preset or --study")
+    content.setdefault("variants", {"clip": {}, "adaptive_kl": {}, "fixed_kl_3": {}})
+    if options.set:
+        if isinstance(content["variants"], list):
+            content["variants"] = dict.fromkeys(content["variants"])
+        override(content, options.set)
+    return content, name
+
+
+def _chosen(key: str, value: Any, said: Any) -> Any:
+    """What a flag says; of environments and variants in a file, it chooses some."""
+    if not isinstance(value, list):
+        return value
+    settings = said if isinstance(said, dict) else {}
+    return {name: settings.get(name) or {} for name in value}
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def _beside_python(command: str) -> str:
+    """As it has to be typed in the shell that has started this Python."""
+    path = Path(sys.executable).with_name(command)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

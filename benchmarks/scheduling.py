@@ -1,0 +1,129 @@
+"""Running a grid's jobs side by side: on this machine's cores, or on a Ray cluster."""
+
+import multiprocessing
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeAlias
+
+import joblib
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tqdm import tqdm
+
+from benchmarks.job import Job
+from benchmarks.result import Folder, Result
+from benchmarks.training import train_and_keep
+
+BACKENDS = ("loky", "ray", "sequential")
+"""Processes on this machine, a Ray cluster (that which ``RAY_ADDRESS`` names, or a local one), one job after the other."""
+
+News: TypeAlias = "int | tuple[str, str | None, str | None] | None"
+"""New time steps; or a job's name, its result if it may be on another disk, its traceback; or that nothing follows."""
+
+
+class NewsQueue(Protocol):
+    """What processes tell this one through."""
+
+    def put(self, item: News) -> Any:
+        """Tell."""
+
+    def get(self) -> News:
+        """Listen."""
+
+
+class InterruptedGridError(Exception):
+    """Not all jobs have run; the message says why. Those that have are kept."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Folder,
+    *,
+    backend: str = "loky",
+    n_jobs: int = -1,
+    tensorboard: bool = True,
+    video: bool = False,
+) -> dict[str, str]:
+    """
+    Run jobs under one progress bar that counts steps; each keeps its result itself.
+
+    :param jobs: what to train
+    :param folder: that keeps the results
+    :param backend: one of :data:`BACKENDS`
+    :param n_jobs: how many at once, -1 for one a core
+    :param tensorboard: whether to write TensorBoard's files
+    :param video: whether to record videos of each variant's first seed
+    :return: the last line of the traceback of each job that has failed, by the jobs' names
+    :raises InterruptedGridError: if a process has been killed
+    """
+    failed: dict[str, str] = {}
+    total = sum(job.timesteps for job in jobs)
+    with (
+        tqdm(total=total, unit="step", unit_scale=True, mininterval=0.5, smoothing=0.05) as bar,
+        _listening({job.name: job for job in jobs}, folder, bar, failed, backend) as queue,
+    ):
+        calls = (
+            joblib.delayed(_run)(
+                job, Folder(folder.path.absolute()), tensorboard, video and job.seed == 0, queue, backend == "ray"
+            )
+            for job in jobs
+        )
+        try:
+            with joblib.parallel_config(backend=backend, n_jobs=n_jobs):
+                joblib.Parallel(batch_size=1)(calls)
+        except TerminatedWorkerError as error:
+            raise InterruptedGridError(
+                "a process has been killed, perhaps for want of memory; try a smaller --jobs"
+            ) from error
+    return failed
+
+
+def _run(job: Job, folder: Folder, tensorboard: bool, video: bool, queue: NewsQueue, elsewhere: bool) -> None:
+    """Run a job, perhaps on another machine."""
+    error = train_and_keep(job, folder, tensorboard, video, queue.put)
+    text = folder.read([job])[0].to_json() if elsewhere and error is None else None
+    queue.put((job.name, text, error))
+
+
+@contextmanager
+def _listening(
+    jobs: Mapping[str, Job], folder: Folder, bar: "tqdm[Any]", failed: dict[str, str], backend: str
+) -> Iterator[NewsQueue]:
+    """A queue that the jobs' processes can reach, and a thread that listens to it."""
+    with _queue(backend) as queue:
+        thread = threading.Thread(target=_listen, args=(queue, jobs, folder, bar, failed))
+        thread.start()
+        try:
+            yield queue
+        finally:
+            queue.put(None)
+            thread.join()
+
+
+def _listen(queue: NewsQueue, jobs: Mapping[str, Job], folder: Folder, bar: "tqdm[Any]", failed: dict[str, str]) -> None:
+    while (news := queue.get()) is not None:
+        if isinstance(news, int):
+            bar.update(news)
+            continue
+        name, text, error = news
+        if text is not None and not folder.finished(jobs[name]):
+            folder.write(Result.from_json(text))
+        if error is not None:
+            failed[name] = error.strip().splitlines()[-1]
+            bar.write(f"{name} has failed: {failed[name]} (see {folder.write_error(jobs[name], error)})")
+
+
+@contextmanager
+def _queue(backend: str) -> Iterator[NewsQueue]:
+    if backend == "ray":
+        import ray
+        from ray.util.joblib import register_ray
+        from ray.util.queue import Queue
+
+        register_ray()  # type: ignore[no-untyped-call]
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        yield Queue()
+        ray.shutdown()
+        return
+    with multiprocessing.Manager() as manager:
+        yield manager.Queue()

@@ -1,0 +1,144 @@
+"""
+Statistics of a few runs: what a reader may conclude, and how surely.
+
+After Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice", arXiv 2108.13264, by means
+of SciPy. Samples are scores of one variant's seeds on one task, or one sample a task; intervals are stratified: each sample is
+resampled by itself.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+CONFIDENCE = 0.95
+N_RESAMPLES = 5000
+SEED = 0
+"""Of the bootstrap, so that a report can be made again."""
+
+
+class Estimate(NamedTuple):
+    """
+    A number, and the bounds of its 95 % bootstrap interval, which are NaN with fewer than two runs.
+
+    :param value: the number
+    :param low: lower bound
+    :param high: upper bound
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def iqm(scores: np.ndarray, axis: int = -1) -> Any:
+    """
+    Interquartile mean: of the middle half of the scores.
+
+    :param scores: any shape
+    :param axis: over which they are averaged
+    """
+    return scipy.stats.trim_mean(scores, 0.25, axis=axis)
+
+
+def iqm_estimate(samples: Sequence[np.ndarray]) -> Estimate:
+    """
+    The interquartile mean of all scores.
+
+    :param samples: scores of shape (n_seeds,), one array a task
+    """
+    return _estimate(samples, lambda *resampled, axis: iqm(np.concatenate(resampled, axis=axis), axis=axis))
+
+
+def improvement_estimate(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Estimate:
+    """
+    The probability that a run of one variant beats one of another on a task drawn at random; a tie counts half.
+
+    :param ours: scores of shape (n_seeds,), one array a task
+    :param theirs: the other variant's, on the same tasks
+    """
+    n_tasks = len(ours)
+
+    def probability(*resampled: np.ndarray, axis: int) -> Any:
+        pairs = zip(resampled[:n_tasks], resampled[n_tasks:], strict=True)
+        return np.mean([_beaten(*(np.moveaxis(np.asarray(sample), axis, -1) for sample in pair)) for pair in pairs], axis=0)
+
+    return _estimate([*ours, *theirs], probability)
+
+
+def _beaten(ours: np.ndarray, theirs: np.ndarray) -> Any:
+    mine, other = ours[..., :, None], theirs[..., None, :]
+    return ((mine > other) + 0.5 * (mine == other)).mean(axis=(-2, -1))
+
+
+def performance_profile(samples: Sequence[np.ndarray], thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    The share of runs that score above each threshold, with the bounds of its 95 % bootstrap interval.
+
+    :param samples: scores of shape (n_seeds,), one array a task
+    :param thresholds: shape (n_thresholds,)
+    :return: three arrays of shape (n_thresholds,)
+    """
+    estimates = [
+        _estimate([(sample > threshold).astype(float) for sample in samples], _pooled_mean) for threshold in thresholds
+    ]
+    value, low, high = np.array(estimates).T
+    return value, low, high
+
+
+def _pooled_mean(*resampled: np.ndarray, axis: int) -> Any:
+    return np.concatenate(resampled, axis=axis).mean(axis=axis)
+
+
+def curve_band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    The interquartile mean at each point of several runs' curves, with the bounds of its 95 % bootstrap interval.
+
+    :param curves: shape (n_seeds, n_points)
+    :return: three arrays of shape (n_points,); the bounds are the mean itself if there is but one run
+    """
+    mean = iqm(curves, axis=0)
+    if len(curves) < 2:
+        return mean, mean, mean
+    result = scipy.stats.bootstrap(
+        (curves,), iqm, axis=0, method="percentile", n_resamples=1000, confidence_level=CONFIDENCE, rng=SEED, vectorized=True
+    )
+    return mean, np.asarray(result.confidence_interval.low), np.asarray(result.confidence_interval.high)
+
+
+def p_value(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """
+    Two-sided Mann-Whitney test: how likely are such ranks, or more extreme ones, if both variants are the same?
+
+    :param ours: scores, shape (n_seeds,)
+    :param theirs: scores of the other variant
+    """
+    return float(scipy.stats.mannwhitneyu(ours, theirs, alternative="two-sided").pvalue)
+
+
+def smallest_p_value(n_seeds: int) -> float:
+    """
+    What :func:`p_value` gives if every run of one variant beats every run of the other: 2 orders of all there are.
+
+    :param n_seeds: of each variant
+    """
+    return min(1.0, 2 / math.comb(2 * n_seeds, n_seeds))
+
+
+def _estimate(samples: Sequence[np.ndarray], statistic: Callable[..., Any]) -> Estimate:
+    value = float(statistic(*samples, axis=-1))
+    if min(len(sample) for sample in samples) < 2:
+        return Estimate(value, math.nan, math.nan)
+    result = scipy.stats.bootstrap(
+        tuple(samples),
+        statistic,
+        n_resamples=N_RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=SEED,
+        vectorized=True,
+        batch=500,
+    )
+    return Estimate(value, float(result.confidence_interval.low), float(result.confidence_interval.high))

@@ -1,0 +1,10 @@
+"""Tables in Markdown, which read well in a terminal too."""
+
+from collections.abc import Sequence
+
+
+def markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    """A table, with its header as the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.variants import VARIANTS
 from sb3_ppo_variants import PPO
 from tests.test_logs import OWN_KEYS, SB3_KEYS
 
@@ -43,6 +44,11 @@ def test_every_new_argument_is_in_the_table() -> None:
     ]
     assert keyword_only
     assert all(f"`{name}`" in table for name in keyword_only)
+
+
+def test_the_table_of_variants_is_complete() -> None:
+    table = README.split("| variant | is |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([\w.]+)`", table)) == set(VARIANTS)
 
 
 def test_links_are_not_dead() -> None:

@@ -1,9 +1,9 @@
 """Figures of comparisons."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -11,12 +11,13 @@ import pandas as pd
 
 from benchmarks.result import Result
 from benchmarks.stats import Estimate, curve_band, performance_profile
+from benchmarks.variants import VARIANTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, told apart by colour-blind readers too."""
@@ -25,8 +26,24 @@ N_POINTS = 100
 WINDOW = 0.05
 """Share of the time steps before a curve's point whose episodes it averages."""
 
-Cells = Mapping[tuple[str, str], list[Result]]
+Cells: TypeAlias = Mapping[tuple[str, str], list[Result]]
 """Results by environment and variant."""
+Styles: TypeAlias = Mapping[str, dict[str, Any]]
+"""How each variant is drawn, in all figures."""
+
+
+def styles_of(variants: Sequence[str]) -> Styles:
+    """
+    Colours for variants; SB3's own algorithms are dashed, as the same bits make the same line as ours.
+
+    :param variants: their names, in their order
+    """
+    lines = {name: "--" for name in variants if name in VARIANTS and VARIANTS[name].algorithm != "ppo"}
+    cycle = itertools.cycle((color, line) for line in ("-", ":", "-.") for color in COLORS)
+    return {
+        name: {"color": color, "linestyle": lines.get(name, line)}
+        for name, (color, line) in zip(variants, cycle, strict=False)
+    }
 
 
 def returns_at(result: Result, steps: np.ndarray) -> np.ndarray:
@@ -50,20 +67,21 @@ def returns_at(result: Result, steps: np.ndarray) -> np.ndarray:
     return np.where(last > 0, means, np.nan)
 
 
-def learning_curves(cells: Cells, path: Path) -> None:
+def learning_curves(cells: Cells, styles: Styles, path: Path) -> None:
     """
     Returns against time steps: interquartile mean and its interval for each variant, a panel for each environment.
 
     :param cells: the results
+    :param styles: of the variants
     :param path: the PNG
     """
     envs, variants = _axes_of(cells)
     figure, panels = _panels(envs)
     for env, axis in panels:
-        for variant, style in _styles(variants):
+        for variant in variants:
             if results := cells.get((env, variant)):
                 steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
-                _band(axis, steps, np.array([returns_at(result, steps) for result in results]), variant, style)
+                _band(axis, steps, np.array([returns_at(result, steps) for result in results]), variant, styles)
         axis.set(title=env, xlabel="time steps", ylabel="return")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     _legend(figure, panels[0][1])
@@ -97,11 +115,12 @@ def all_seeds(cells: Cells, path: Path) -> None:
     _save(figure, path, "One line a seed; time steps from left to right")
 
 
-def divergence(cells: Cells, path: Path) -> None:
+def divergence(cells: Cells, styles: Styles, path: Path) -> None:
     """
     How far updates go: the exact KL of all updates of each variant (left), and beta over time (right).
 
     :param cells: the results
+    :param styles: of the variants
     :param path: the PNG
     """
     told = {key: results for key, results in cells.items() if any(result.updates["kl"].notna().any() for result in results)}
@@ -115,18 +134,28 @@ def divergence(cells: Cells, path: Path) -> None:
         shown = [variant for variant in variants if (env, variant) in told]
         kls = [pd.concat([result.updates["kl"] for result in told[env, variant]]) for variant in shown]
         positive = [kl[kl > 0].to_numpy() for kl in kls]
-        left.boxplot(positive, orientation="horizontal", tick_labels=shown, whis=(5, 95), showfliers=False, widths=0.6)
+        left.boxplot(
+            positive,
+            orientation="horizontal",
+            tick_labels=shown,
+            whis=(5, 95),
+            showfliers=False,
+            widths=0.6,
+            medianprops={"color": COLORS[0]},
+        )
         left.invert_yaxis()
         targets = {result.job.arguments.get("kl_target") for variant in shown for result in told[env, variant]}
         for target in targets - {None}:
             left.axvline(target, color="grey", linestyle=":", lw=1)
         left.set(title=f"{env}: KL(old || new) of an update", xlabel="nats", xscale="log")
-        for variant, style in _styles(variants):
+        for variant in variants:
             results = told.get((env, variant), [])
             if any((result.updates["kl_coef"] > 0).any() for result in results):
                 steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
-                _band(right, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, style)
+                _band(right, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
         right.set(title=f"{env}: coefficient β", xlabel="time steps", yscale="log")
+        for ticks in (left.xaxis, right.yaxis):
+            ticks.set_minor_formatter(NullFormatter())
         right.xaxis.set_major_formatter(EngFormatter(sep=""))
         if right.lines:
             right.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -137,19 +166,20 @@ def divergence(cells: Cells, path: Path) -> None:
     )
 
 
-def profiles(scores: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+def profiles(scores: Mapping[str, Sequence[np.ndarray]], styles: Styles, path: Path) -> None:
     """
     The share of runs above each score.
 
     :param scores: by variant, normalised, of shape (n_seeds,), one array an environment
+    :param styles: of the variants
     :param path: the PNG
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     thresholds = np.linspace(0, 1, 51)
-    for variant, style in _styles(list(scores)):
+    for variant in scores:
         value, low, high = performance_profile(scores[variant], thresholds)
-        axis.plot(thresholds, value, label=variant, **style)
-        axis.fill_between(thresholds, low, high, color=style["color"], alpha=0.12, lw=0)
+        axis.plot(thresholds, value, label=variant, **styles[variant])
+        axis.fill_between(thresholds, low, high, color=styles[variant]["color"], alpha=0.12, lw=0)
     axis.set(
         xlabel="normalised final return: 0 before training, 1 the best run", ylabel="share of runs above it", ylim=(0, 1.02)
     )
@@ -158,33 +188,35 @@ def profiles(scores: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
     _save(figure, path, "Performance profiles, with 95 % bootstrap intervals")
 
 
-def improvement(estimates: Mapping[tuple[str, str], Estimate], baseline: str, path: Path) -> None:
+def improvement(estimates: Mapping[tuple[str, str], Estimate], baseline: str, styles: Styles, path: Path) -> None:
     """
     The probability that each variant beats the baseline, environment by environment and over all.
 
     :param estimates: by environment (or ``"all"``) and variant
     :param baseline: name of the variant that the others are compared with
+    :param styles: of the variants
     :param path: the PNG
     """
     envs, variants = _axes_of(estimates)
     height = 0.9 + 0.28 * len(variants) + 0.5
     figure, panels = _panels(envs, width=3.4, height=height, sharey=True)
     for env, axis in panels:
-        for row, (variant, style) in enumerate(_styles(variants)):
+        for row, variant in enumerate(variants):
             if estimate := estimates.get((env, variant)):
                 whiskers = np.nan_to_num([[estimate.value - estimate.low], [estimate.high - estimate.value]]).clip(0)
-                axis.errorbar(estimate.value, row, xerr=whiskers, fmt="o", color=style["color"], capsize=3)
+                axis.errorbar(estimate.value, row, xerr=whiskers, fmt="o", color=styles[variant]["color"], capsize=3)
         axis.axvline(0.5, color="grey", lw=1, linestyle=":")
         axis.set(title=env, xlim=(-0.03, 1.03), yticks=range(len(variants)), yticklabels=variants)
     panels[0][1].invert_yaxis()
     _save(figure, path, f"Probability that a run beats one of {baseline}; dotted: neither is better")
 
 
-def efficiency(jobs: pd.DataFrame, path: Path) -> None:
+def efficiency(jobs: pd.DataFrame, styles: Styles, path: Path) -> None:
     """
     What a result costs: time steps to the threshold, and wall time, of each run.
 
-    :param jobs: one row a run, with ``env``, ``variant``, ``steps_to_threshold``, ``steps_per_second``
+    :param jobs: one row a run, with ``env``, ``variant``, ``timesteps``, ``steps_to_threshold``, ``steps_per_second``
+    :param styles: of the variants
     :param path: the PNG
     """
     envs, variants = list(dict.fromkeys(jobs["env"])), list(dict.fromkeys(jobs["variant"]))
@@ -192,11 +224,11 @@ def efficiency(jobs: pd.DataFrame, path: Path) -> None:
         len(envs), 2, figsize=(10, 0.9 + (0.7 + 0.26 * len(variants)) * len(envs)), layout="constrained", squeeze=False
     )
     for (left, right), env in zip(axes, envs, strict=True):
-        for row, (variant, style) in enumerate(_styles(variants)):
+        for row, variant in enumerate(variants):
             own = jobs[(jobs["env"] == env) & (jobs["variant"] == variant)]
             steps = own["steps_to_threshold"].replace(np.inf, np.nan)
             for axis, values in ((left, steps), (right, own["steps_per_second"])):
-                axis.plot(values, np.full(len(values), row), "o", color=style["color"], alpha=0.6)
+                axis.plot(values, np.full(len(values), row), "o", color=styles[variant]["color"], alpha=0.6)
             if len(own):
                 note = f"{steps.notna().sum()} of {len(own)}"
                 left.annotate(note, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small")
@@ -207,8 +239,8 @@ def efficiency(jobs: pd.DataFrame, path: Path) -> None:
         threshold = jobs["threshold"][jobs["env"] == env].iloc[0]
         left.set(title=f"{env}: time steps to a mean return of {threshold:.5g}")
         right.set(title=f"{env}: time steps a second")
-        for axis in (left, right):
-            axis.set_xlim(left=0)
+        left.set_xlim(0, 1.02 * jobs["timesteps"][jobs["env"] == env].max())
+        right.set_xlim(left=0)
     _save(figure, path, "One point a run; beside them how many runs have reached the threshold")
 
 
@@ -269,11 +301,6 @@ def _axes_of(cells: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]
     return list(dict.fromkeys(envs)), list(dict.fromkeys(variants))
 
 
-def _styles(variants: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    styles = [{"color": color, "linestyle": line} for line in ("-", "--", ":") for color in COLORS]
-    return zip(variants, itertools.cycle(styles), strict=False)
-
-
 def _pairs(n_envs: int, n_variants: int) -> tuple[Figure, Any]:
     """Two panels for each environment, side by side, with a line for each variant."""
     size = (11, 0.8 + (1.0 + 0.25 * n_variants) * n_envs)
@@ -294,12 +321,12 @@ def _panels(
     return figure, list(zip(envs, axes.flat, strict=False))
 
 
-def _band(axis: Axes, steps: np.ndarray, curves: np.ndarray, label: str, style: dict[str, Any]) -> None:
+def _band(axis: Axes, steps: np.ndarray, curves: np.ndarray, label: str, styles: Styles) -> None:
     known = ~np.isnan(curves).any(axis=0)
     if known.any():
         mean, low, high = curve_band(curves[:, known])
-        axis.plot(steps[known], mean, label=label, **style)
-        axis.fill_between(steps[known], low, high, color=style["color"], alpha=0.15, lw=0)
+        axis.plot(steps[known], mean, label=label, **styles[label])
+        axis.fill_between(steps[known], low, high, color=styles[label]["color"], alpha=0.15, lw=0)
 
 
 def _legend(figure: Figure, axis: Axes) -> None:

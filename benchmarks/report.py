@@ -63,6 +63,7 @@ class Comparison:
                 "env": env,
                 "variant": variant,
                 "seed": result.job.seed,
+                "timesteps": result.updates["timesteps"].max(),
                 "final_return": result.final_return,
                 "untrained_return": result.untrained_return,
                 "threshold": threshold,
@@ -114,12 +115,19 @@ class Comparison:
         for env in self.envs:
             own = self.jobs[self.jobs["env"] == env]
             low, high = own["untrained_return"].mean(), own["final_return"].max()
-            bounds[env] = low if np.isfinite(low) else own["final_return"].min(), high
+            # Without an episode before the first update, or without progress, the worst run takes its place.
+            bounds[env] = low if low < high else own["final_return"].min(), high
         return {
-            variant: [(self.finals[env, variant] - bounds[env][0]) / (bounds[env][1] - bounds[env][0]) for env in self.envs]
+            variant: [_scaled(self.finals[env, variant], *bounds[env]) for env in self.envs]
             for variant in self.variants
             if all((env, variant) in self.finals for env in self.envs)
         }
+
+
+def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 at the lower bound, 1 at the upper one; 1 for all if there is nothing in between."""
+    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.ones_like(values)
+    return scaled
 
 
 def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Mapping[str, str]) -> str:
@@ -169,18 +177,19 @@ def _write_csv(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> N
 
 def _draw(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> list[str]:
     """Draw the figures; return the names of those that there are."""
-    figures.learning_curves(comparison.cells, folder / "learning_curves.png")
+    styles = figures.styles_of(comparison.variants)
+    figures.learning_curves(comparison.cells, styles, folder / "learning_curves.png")
     estimates = {
         (row["env"], row["variant"]): Estimate(row["improvement"], row["improvement_low"], row["improvement_high"])
         for _, row in summary.iterrows()
         if "improvement" in row and np.isfinite(row["improvement"])
     }
     if estimates:
-        figures.improvement(estimates, comparison.baseline, folder / "improvement.png")
+        figures.improvement(estimates, comparison.baseline, styles, folder / "improvement.png")
     if len(comparison.envs) > 1:
-        figures.profiles(comparison.scores(), folder / "profiles.png")
-    figures.divergence(comparison.cells, folder / "divergence.png")
-    figures.efficiency(comparison.jobs, folder / "efficiency.png")
+        figures.profiles(comparison.scores(), styles, folder / "profiles.png")
+    figures.divergence(comparison.cells, styles, folder / "divergence.png")
+    figures.efficiency(comparison.jobs, styles, folder / "efficiency.png")
     figures.all_seeds(comparison.cells, folder / "all_seeds.png")
     names = ("learning_curves", "improvement", "profiles", "divergence", "efficiency", "all_seeds")
     return [name for name in names if (folder / f"{name}.png").exists()]
@@ -196,7 +205,7 @@ def _tables(comparison: Comparison, summary: pd.DataFrame) -> list[str]:
             "final return",
             f"beats {comparison.baseline}",
             "p",
-            f"reached {threshold:.5g}",
+            f"reached {threshold:.4g}",
             "steps to it",
             "KL an update",
         )
@@ -222,7 +231,7 @@ def _row(row: "pd.Series[float]") -> tuple[str, ...]:
         _interval(row, "final_return", ".4g"),
         _interval(row, "improvement", ".2f"),
         _number(row.get("p_value"), ".3f"),
-        f"{row['n_solved']} of {row['n_seeds']}",
+        f"{row['n_solved']:.0f} of {row['n_seeds']:.0f}",
         f"{steps:,.0f}" if np.isfinite(steps) else "-",
         _number(row["median_kl"], ".2g"),
         _number(row["last_kl_coef"], ".2g"),
@@ -307,7 +316,8 @@ def _explanations(comparison: Comparison) -> str:
   penalty's coefficient in the last update, median over runs; clip fraction: as SB3 logs it, mean over updates. SB3's own
   algorithms log no exact KL.
 - steps/s: time steps a second of wall time, median; other runs on the same machine share its memory and caches.
-- normalised: 0 is the mean return before the first update, 1 the best run's final return."""
+- normalised: 0 is the mean return before the first update (where no run ends above that, the worst run's final return), 1 the
+  best run's final return."""
 
 
 def _origin(results: Sequence[Result]) -> str:

@@ -64,7 +64,7 @@ class CartPoleSwingUp(gym.Env[np.ndarray, np.ndarray]):
 
     metadata: dict[str, Any] = {  # noqa: RUF012  # gymnasium's declaration
         "render_modes": ["rgb_array"],
-        "render_fps": 50,
+        "render_fps": 100,
     }
 
     def __init__(self, render_mode: str | None = None) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from typing_extensions import Self
 
 from benchmarks.result import Result
 
-MEASURES = Literal["updates_to_return", "last_rollout_return", "best_return"]
+MEASURES = Literal["updates_to_return", "last_rollout_return", "lowest_rollout_return", "best_return"]
 
 
 class Claim(BaseModel):
@@ -19,9 +20,11 @@ class Claim(BaseModel):
     :param env: name of the environment
     :param variant: name of the variant
     :param measure: ``updates_to_return``: the number of rollouts until the mean return of a rollout's episodes reaches
-        ``of_return``, infinite if never; ``last_rollout_return``: that mean in the last rollout; ``best_return``: the largest
-        mean return of 100 consecutive episodes
+        ``of_return``, infinite if never; ``last_rollout_return``: that mean in the last one; ``lowest_rollout_return``: the
+        smallest of these means from rollout ``from_update`` on; ``best_return``: the largest mean return of 100 consecutive
+        episodes
     :param of_return: see there
+    :param from_update: see there
     :param at_least: the measure's lower bound
     :param at_most: its upper bound
     :param seeds: ``median``: holds for the seeds' median; ``all``: for each of them
@@ -34,9 +37,19 @@ class Claim(BaseModel):
     variant: str
     measure: MEASURES
     of_return: float | None = None
+    from_update: PositiveInt | None = None
     at_least: float | None = None
     at_most: float | None = None
     seeds: Literal["median", "all"] = "median"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {"updates_to_return": "of_return", "lowest_rollout_return": "from_update"}.get(self.measure)
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"`{needed}` is missing, which `measure` {self.measure!r} needs")
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("`at_least` or `at_most` is missing")
+        return self
 
     def values(self, results: Sequence[Result]) -> np.ndarray:
         """
@@ -53,6 +66,9 @@ class Claim(BaseModel):
         returns = result.returns_by_update
         if self.measure == "last_rollout_return":
             return float(returns.iloc[-1])
+        if self.measure == "lowest_rollout_return":
+            assert self.from_update is not None
+            return float(returns.iloc[self.from_update - 1 :].min())
         assert self.of_return is not None
         reached = np.flatnonzero(returns.to_numpy() >= self.of_return)
         return float(reached[0] + 1) if len(reached) else np.inf

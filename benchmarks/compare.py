@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (GridError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:
+        print(f"error: {error}. What has been finished is kept.", file=sys.stderr)
+        return EXIT_FAILED
     except (InterruptedGridError, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
         print(f"\n{reason}. What has been finished is kept: the same command goes on from there.", file=sys.stderr)
@@ -85,8 +88,10 @@ def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
         print(
             f"TensorBoard: {_beside_python('tensorboard')} --logdir {folder.tensorboard}   (then open http://localhost:6006)"
         )
-    if options.video:
+    if options.video and folder.videos.exists():
         print(f"Videos:      {folder.videos}")
+    elif options.video:
+        print("Videos are recorded while training: there was none left to do.")
     return EXIT_FAILED if failed else 0
 
 

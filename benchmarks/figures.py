@@ -162,7 +162,7 @@ def divergence(cells: Cells, styles: Styles, path: Path) -> None:
     _save(
         figure,
         path,
-        "Boxes: quartiles of all updates of all seeds, whiskers: 5 % and 95 %; dotted: targets of the adaptive rule",
+        "Boxes: quartiles of all updates that moved the policy, whiskers: 5 % and 95 %; dotted: targets of the adaptive rule",
     )
 
 

@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
@@ -28,18 +28,21 @@ class Task(Model):
     :param timesteps: a run's, of all environments together; training ends after the rollout that reaches them
     :param n_envs: number of environments
     :param normalize: whether observations and rewards are normalised (``VecNormalize``)
+    :param terminal_time_limits: whether time limits end episodes for good (``TimeLimitAsTermination``)
     :param env_kwargs: of the environment
     :param policy: name of the policy
-    :param threshold: the mean return of 100 episodes that counts as solved, if it isn't gymnasium's
+    :param threshold: the mean return of 100 episodes that counts as solved, if it isn't gymnasium's; ``"baseline"`` for
+        most of what the baseline reaches
     :param arguments: of the algorithm
     """
 
     timesteps: PositiveInt | None = None
     n_envs: PositiveInt | None = None
     normalize: bool | None = None
+    terminal_time_limits: bool | None = None
     env_kwargs: Arguments = Field(default_factory=dict)
     policy: str | None = None
-    threshold: float | None = None
+    threshold: float | Literal["baseline"] | None = None
     arguments: Arguments = Field(default_factory=dict)
 
 
@@ -68,6 +71,7 @@ class Grid(Model):
     :param timesteps: for tasks that don't say
     :param n_envs: for tasks that don't say
     :param normalize: for tasks that don't say
+    :param terminal_time_limits: for tasks that don't say
     :param policy: for tasks that don't say
     :param arguments: for all tasks and variants; a task's stand before them, a variant's before these
     :param claims: what the results are to show
@@ -80,6 +84,7 @@ class Grid(Model):
     timesteps: PositiveInt = 100_000
     n_envs: PositiveInt = 1
     normalize: bool = False
+    terminal_time_limits: bool = False
     policy: str = "MlpPolicy"
     arguments: Arguments = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
@@ -107,6 +112,11 @@ class Grid(Model):
         defining = [argument for argument in shared if argument in variant.arguments and variant.algorithm == "ppo"]
         if defining:
             raise GridError(f"`{defining[0]}` makes {name} what it is: set it for a variant, not for all")
+        unknown = [argument for argument in shared if argument not in parameters and variant.algorithm == "sb3_ppo"]
+        if unknown:
+            raise GridError(
+                f"`{unknown[0]}` is unknown to {name}, which would be no control: set it for other variants, not for all"
+            )
         # What is set for all holds for those that know it: A2C has no clip range.
         known = {argument: value for argument, value in shared.items() if argument in parameters}
         return Job(
@@ -118,6 +128,9 @@ class Grid(Model):
             timesteps=task.timesteps or self.timesteps,
             n_envs=task.n_envs or self.n_envs,
             normalize=self.normalize if task.normalize is None else task.normalize,
+            terminal_time_limits=(
+                self.terminal_time_limits if task.terminal_time_limits is None else task.terminal_time_limits
+            ),
             env_kwargs=task.env_kwargs,
             threshold=task.threshold,
             arguments={**known, **variant.arguments, **change.arguments},

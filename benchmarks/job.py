@@ -38,8 +38,9 @@ class Job(Model):
     timesteps: int
     n_envs: int
     normalize: bool
+    terminal_time_limits: bool
     env_kwargs: dict[str, Any]
-    threshold: float | None
+    threshold: float | str | None
     arguments: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
 

@@ -6,32 +6,41 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("sb3-ppo-variants", "stable-baselines3", "gymnasium", "torch", "numpy")
+PACKAGES = ("sb3-ppo-variants", "stable-baselines3", "gymnasium", "torch", "numpy", "mujoco", "Box2D")
 
 
 def provenance() -> dict[str, str]:
     """What a reader needs to know to reproduce the results of the running command."""
     module = sys.modules["__main__"].__spec__
     command = ["python", "-m", module.name] if module is not None else ["python", Path(sys.argv[0]).name]
-    return {"command": shlex.join([*command, *sys.argv[1:]]), **origin()}
-
-
-def origin() -> dict[str, str]:
-    """The same without the command."""
     return {
+        "command": shlex.join([*command, *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": versions(),
-        "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """Its cores, processor and operating system."""
+    return f"{os.cpu_count()} cores, {_processor()}, {platform.system()}"
 
 
 def versions() -> str:
     """Of Python and of the packages that results depend on."""
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
+    return ", ".join([f"Python {platform.python_version()}", *filter(None, map(_package, PACKAGES))])
+
+
+def _package(name: str) -> str:
+    """Nothing if it isn't installed, as simulators needn't be."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _commit() -> str:

@@ -1,5 +1,6 @@
 """The report of a comparison: tables, warnings, figures and CSV files, all from its results."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pandas as pd
 from benchmarks import figures
 from benchmarks.claims import Claim
 from benchmarks.grid import Grid
-from benchmarks.provenance import provenance
-from benchmarks.result import EPISODES, FINAL, Result
+from benchmarks.result import EPISODES, FINAL, Result, write_whole
 from benchmarks.stats import (
     CONFIDENCE,
     Estimate,
+    holm,
     improvement_estimate,
     iqm,
     iqm_estimate,
@@ -21,8 +22,11 @@ from benchmarks.stats import (
     smallest_p_value,
 )
 from benchmarks.tables import markdown
+from benchmarks.training import random_return
 from benchmarks.variants import BASELINE
 
+WAY = 0.9
+"""From random actions to the baseline's final return: the threshold of tasks that have none."""
 ALL = "all"
 """In place of an environment's name."""
 
@@ -33,10 +37,12 @@ class Comparison:
 
     :param grid: what was compared
     :param results: of the runs that have been finished
+    :param random: mean return of random actions, by environment
     """
 
-    def __init__(self, grid: Grid, results: Sequence[Result]) -> None:
+    def __init__(self, grid: Grid, results: Sequence[Result], random: Mapping[str, float]) -> None:
         self.grid = grid
+        self.random = random
         self.cells: dict[tuple[str, str], list[Result]] = {}
         for env in grid.envs:
             for variant in grid.variants:
@@ -49,12 +55,13 @@ class Comparison:
         self.finals = {key: np.array([result.final_return for result in own]) for key, own in self.cells.items()}
         self.jobs = self._jobs()
 
-    def threshold(self, env: str) -> float:
-        """The return that counts as solved; for tasks that have none the baseline's final return."""
+    def _threshold(self, env: str) -> tuple[float, bool]:
+        """The return that counts as solved, and whether it is the task's own and not made from the baseline's."""
         result = next(own[0] for (each, _), own in self.cells.items() if each == env)
         if result.threshold is not None:
-            return result.threshold
-        return float(iqm(self.finals.get((env, self.baseline), np.array([np.nan]))))
+            return result.threshold, True
+        reached = float(iqm(self.finals.get((env, self.baseline), np.array([np.nan]))))
+        return self.random[env] + WAY * (reached - self.random[env]), False
 
     def _jobs(self) -> pd.DataFrame:
         """One row a run."""
@@ -65,9 +72,8 @@ class Comparison:
                 "seed": result.job.seed,
                 "timesteps": result.updates["timesteps"].max(),
                 "final_return": result.final_return,
-                "untrained_return": result.untrained_return,
                 "threshold": threshold,
-                "steps_to_threshold": result.steps_to_return(threshold),
+                "steps_to_threshold": (result.steps_to_solve if tasks_own else result.steps_to_return)(threshold),
                 "median_kl": result.updates["kl"].median(),
                 "last_kl_coef": result.updates["kl_coef"].iloc[-1],
                 "mean_clip_fraction": result.updates["clip_fraction"].mean(),
@@ -75,7 +81,7 @@ class Comparison:
                 "steps_per_second": result.updates["timesteps"].max() / result.wall_time,
             }
             for (env, variant), own in self.cells.items()
-            for threshold in [self.threshold(env)]
+            for threshold, tasks_own in [self._threshold(env)]
             for result in own
         ]
         return pd.DataFrame(rows)
@@ -110,23 +116,28 @@ class Comparison:
         return pd.DataFrame(rows)
 
     def scores(self) -> dict[str, list[np.ndarray]]:
-        """Normalised final returns of the variants that have run everywhere: 0 untrained, 1 the best run."""
-        bounds = {}
-        for env in self.envs:
-            own = self.jobs[self.jobs["env"] == env]
-            low, high = own["untrained_return"].mean(), own["final_return"].max()
-            # Without an episode before the first update, or without progress, the worst run takes its place.
-            bounds[env] = low if low < high else own["final_return"].min(), high
+        """Normalised final returns of the variants that have run everywhere: 0 at random, 1 the best run."""
+        best = {env: self.jobs["final_return"][self.jobs["env"] == env].max() for env in self.envs}
         return {
-            variant: [_scaled(self.finals[env, variant], *bounds[env]) for env in self.envs]
+            variant: [_scaled(self.finals[env, variant], self.random[env], best[env]) for env in self.envs]
             for variant in self.variants
             if all((env, variant) in self.finals for env in self.envs)
         }
 
+    def alike(self) -> dict[str, list[str]]:
+        """By environment, the variants that may as well be the baseline, after Holm's correction for all comparisons."""
+        pairs = [key for key in self.cells if key[1] != self.baseline and (key[0], self.baseline) in self.finals]
+        p_values = np.array([p_value(self.finals[env, variant], self.finals[env, self.baseline]) for env, variant in pairs])
+        alike: dict[str, list[str]] = {}
+        for (env, variant), corrected in zip(pairs, holm(p_values), strict=True):
+            if corrected > 1 - CONFIDENCE:
+                alike.setdefault(env, []).append(variant)
+        return alike
+
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 at the lower bound, 1 at the upper one; 1 for all if there is nothing in between."""
-    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.ones_like(values)
+    """0 at the lower bound, 1 at the upper one; 0 for all if nothing is above the lower one."""
+    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.zeros_like(values)
     return scaled
 
 
@@ -143,13 +154,11 @@ def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Ma
     :param failed: runs that have failed, and why
     :return: the tables and warnings
     """
-    comparison = Comparison(grid, results)
+    comparison = Comparison(grid, results, _random_returns(results, folder))
     summary = comparison.summary()
     _write_csv(comparison, summary, folder)
     names = _draw(comparison, summary, folder)
-    tables = "\n\n".join(
-        [*_tables(comparison, summary), *_claims(grid.claims, results), *_warnings(comparison, summary, failed)]
-    )
+    tables = "\n\n".join([*_tables(comparison, summary), *_claims(grid.claims, results), *_warnings(comparison, failed)])
     title = grid.title or " on ".join(map(", ".join, (comparison.variants, comparison.envs)))
     pictures = "\n\n".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in names)
     text = "\n\n".join([f"# {title}", tables, pictures, _explanations(comparison), _origin(results), _settings(grid)])
@@ -270,7 +279,7 @@ def _claims(claims: Sequence[Claim], results: Sequence[Result]) -> list[str]:
     )
 
 
-def _warnings(comparison: Comparison, summary: pd.DataFrame, failed: Mapping[str, str]) -> list[str]:
+def _warnings(comparison: Comparison, failed: Mapping[str, str]) -> list[str]:
     """What a reader should know before concluding anything."""
     texts = [f"{name} has failed: {error}" for name, error in failed.items()]
     counts = {len(own) for own in comparison.cells.values()}
@@ -284,16 +293,14 @@ def _warnings(comparison: Comparison, summary: pd.DataFrame, failed: Mapping[str
             f"{count} too few to tell variants apart: even if all runs of one beat all of the other, p is "
             f"{smallest_p_value(n_seeds):.2g}. Take at least {_enough_seeds()}."
         )
-    for env in [*comparison.envs, *([ALL] if len(comparison.envs) > 1 else [])]:
-        own = summary[summary["env"] == env]
-        if "improvement" not in own:
-            continue
-        known = own[own["improvement"].notna()]
-        apart = (known["improvement_low"] > 0.5) | (known["improvement_high"] < 0.5)
-        alike = list(known["variant"][~apart])
-        if alike:
-            where = "over all environments" if env == ALL else f"on {env}"
-            texts.append(f"With these seeds {comparison.baseline} can't be told apart {where} from: {', '.join(alike)}.")
+    for env, variants in comparison.alike().items():
+        texts.append(f"With these seeds {comparison.baseline} can't be told apart on {env} from: {', '.join(variants)}.")
+    for key in ("commit", "machine"):
+        values = dict.fromkeys(result.provenance[key] for own in comparison.cells.values() for result in own)
+        if len(values) > 1:
+            texts.append(f"The runs come from more than one {key}: {'; '.join(values)}.")
+    if any("uncommitted" in result.provenance["commit"] for own in comparison.cells.values() for result in own):
+        texts.append("There were uncommitted changes: these results can't be reproduced from the commit alone.")
     return ["## Read with care\n\n" + "\n".join(f"- {text}" for text in texts)] if texts else []
 
 
@@ -305,29 +312,41 @@ def _explanations(comparison: Comparison) -> str:
     baseline = comparison.baseline
     return f"""## What the numbers mean
 
-- final return: of a run, the mean of the training episodes that have ended in the last {FINAL:.0%} of its time steps; of a
-  variant, the interquartile mean of its runs, with the 95 % interval of a bootstrap over seeds (stratified by environment).
-  Training episodes are played by the stochastic policy.
+- final return: of a run, the mean of the training episodes that have ended in the last {FINAL:.0%} of its time steps (of the
+  last episode, if none has); of a variant, the interquartile mean of its runs (of fewer than four: their mean), with the 95 %
+  interval of a bootstrap over seeds, stratified by environment. Training episodes are played by the stochastic policy.
 - beats {baseline}: the probability that a run drawn at random has a higher final return than one of {baseline}, with the same
-  kind of interval; p: two-sided Mann-Whitney test.
-- reached: how many runs have had a mean return of {EPISODES} consecutive episodes at or above the number (gymnasium's, the
-  grid's, or for tasks without one {baseline}'s final return), and after how many time steps (median).
+  kind of interval. With fewer than ten seeds these intervals are too short: of five normally distributed runs nine in ten
+  cover the truth, of three three in four. What can be told apart is decided by p, of a two-sided Mann-Whitney test, after
+  Holm's correction for all comparisons here.
+- reached: how many runs have reached a mean return, and after how many time steps (median). It is gymnasium's or the grid's,
+  of {EPISODES} consecutive episodes; for tasks without one it is {WAY:.0%} of the way from random actions to {baseline}'s
+  final return, over a tenth of the run's steps.
 - KL an update: exact KL(old || new) of a whole update, in nats, median over updates, then over runs; beta at the end: the
   penalty's coefficient in the last update, median over runs; clip fraction: as SB3 logs it, mean over updates. SB3's own
   algorithms log no exact KL.
 - steps/s: time steps a second of wall time, median; other runs on the same machine share its memory and caches.
-- normalised: 0 is the mean return before the first update (where no run ends above that, the worst run's final return), 1 the
-  best run's final return."""
+- normalised: 0 is the mean return of random actions, 1 the best run's final return, so it depends on who takes part."""
 
 
 def _origin(results: Sequence[Result]) -> str:
     """Where the results come from; they may have been computed in several goes."""
-    here = provenance()
-    lines = [f"- command: `{here['command']}`"]
-    for key in ("commit", "date", "versions", "machine"):
+    lines = []
+    for key in ("command", "commit", "date", "versions", "machine"):
         values = dict.fromkeys(result.provenance[key] for result in results)
-        lines.append(f"- {key}: {'; '.join(values)}")
+        lines.append(f"- {key}: " + "; ".join(f"`{value}`" if key == "command" else value for value in values))
     return "## Where they come from\n\n" + "\n".join(lines)
+
+
+def _random_returns(results: Sequence[Result], folder: Path) -> dict[str, float]:
+    """Of each environment, kept for the next report."""
+    file = folder / "random_returns.json"
+    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    new = {result.job.env: result.job for result in results if result.job.env not in known}
+    if new:
+        known |= {env: random_return(job) for env, job in new.items()}
+        write_whole(file, json.dumps(known, indent=1))
+    return known
 
 
 def _settings(grid: Grid) -> str:
@@ -335,7 +354,10 @@ def _settings(grid: Grid) -> str:
     jobs = {(job.env, job.variant): job for job in grid.jobs() if job.seed == 0}
     rows = [("env", "variant", "algorithm", "time steps", "environments", "arguments")]
     for (env, variant), job in jobs.items():
-        arguments = {**job.arguments, **job.callbacks, **({"normalize": True} if job.normalize else {})}
+        more = {"policy": job.policy, "normalize": job.normalize, "terminal_time_limits": job.terminal_time_limits}
+        more |= {"env_kwargs": job.env_kwargs, "threshold": job.threshold}
+        unusual = {name: value for name, value in more.items() if value and value != "MlpPolicy"}
+        arguments = {**job.arguments, **job.callbacks, **unusual}
         shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
         rows.append((env, variant, job.algorithm, f"{job.timesteps:,}", str(job.n_envs), f"`{shown}`" if shown else "-"))
     return f"## Settings\n\n{markdown(rows)}"

@@ -59,12 +59,6 @@ class Result:
         return float(episodes["episode_return"].mean())
 
     @property
-    def untrained_return(self) -> float:
-        """Mean return of the episodes that have ended before the first update; NaN if none has."""
-        early = self.episodes["timesteps"] <= self.updates["timesteps"].min()
-        return float(self.episodes["episode_return"][early].mean())
-
-    @property
     def returns_by_update(self) -> "pd.Series[float]":
         """Mean return of the episodes that have ended in each rollout, NaN where none has."""
         rollout = np.searchsorted(self.updates["timesteps"], self.episodes["timesteps"])
@@ -73,10 +67,11 @@ class Result:
     @property
     def threshold(self) -> float | None:
         """The mean return of :data:`EPISODES` episodes that counts as solved; ``None`` if the task has none."""
-        spec = gym.spec(self.job.env)
-        return self.job.threshold if self.job.threshold is not None else spec.reward_threshold
+        if self.job.threshold is None:
+            return gym.spec(self.job.env).reward_threshold
+        return self.job.threshold if isinstance(self.job.threshold, float | int) else None
 
-    def steps_to_return(self, threshold: float) -> float:
+    def steps_to_solve(self, threshold: float) -> float:
         """
         Steps until the mean return of :data:`EPISODES` episodes reaches a threshold, infinite if never.
 
@@ -84,6 +79,20 @@ class Result:
         """
         solved = self.episodes["timesteps"][self.mean_returns >= threshold]
         return float(solved.iloc[0]) if len(solved) else np.inf
+
+    def steps_to_return(self, threshold: float) -> float:
+        """
+        Steps until the mean return of a tenth of the run's steps reaches a threshold, infinite if never.
+
+        :param threshold: that return
+        """
+        ends, returns = self.episodes["timesteps"].to_numpy(), self.episodes["episode_return"].to_numpy()
+        window = FINAL * self.updates["timesteps"].max()
+        first = np.searchsorted(ends, ends - window, side="right")
+        sums = np.concatenate([[0.0], np.cumsum(returns)])
+        means = (sums[1:] - sums[first]) / np.maximum(np.arange(1, len(ends) + 1) - first, 1)
+        reached = ends[(means >= threshold) & (ends >= window)]
+        return float(reached[0]) if len(reached) else np.inf
 
     def to_json(self) -> str:
         """All of it."""
@@ -162,7 +171,7 @@ class Folder:
         :raises ResultsError: if it doesn't
         """
         expected = {self._file(job): job for job in jobs}
-        for file in sorted((self.path / "jobs").glob("*/*/seed_*.json")):
+        for file in sorted((self.path / "jobs").rglob("seed_*.json")):
             if file not in expected:
                 raise ResultsError(f"{file}: results of another grid, which has this job too; take another folder")
             result = self._read(file)
@@ -180,7 +189,11 @@ class Folder:
         return self._file(job).exists()
 
     def read(self, jobs: Iterable[Job]) -> list[Result]:
-        """The results of those of some jobs that have been finished."""
+        """
+        The results of those of some jobs that have been finished.
+
+        :raises ResultsError: if a file can't be read
+        """
         return [self._read(self._file(job)) for job in jobs if self.finished(job)]
 
     def write(self, result: Result) -> None:

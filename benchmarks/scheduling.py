@@ -1,9 +1,13 @@
 """Running a grid's jobs side by side: on this machine's cores, or on a Ray cluster."""
 
+import functools
 import multiprocessing
+import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from typing import Any, Protocol, TypeAlias
 
 import joblib
@@ -11,6 +15,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from benchmarks.job import Job
+from benchmarks.provenance import provenance
 from benchmarks.result import Folder, Result
 from benchmarks.training import train_and_keep
 
@@ -57,6 +62,7 @@ def run_jobs(
     :raises InterruptedGridError: if a process has been killed
     """
     failed: dict[str, str] = {}
+    origin = provenance()
     total = sum(job.timesteps for job in jobs)
     with (
         tqdm(total=total, unit="step", unit_scale=True, mininterval=0.5, smoothing=0.05) as bar,
@@ -64,7 +70,7 @@ def run_jobs(
     ):
         calls = (
             joblib.delayed(_run)(
-                job, Folder(folder.path.absolute()), tensorboard, video and job.seed == 0, queue, backend == "ray"
+                job, origin, Folder(folder.path.absolute()), tensorboard, video and job.seed == 0, queue, backend == "ray"
             )
             for job in jobs
         )
@@ -78,9 +84,13 @@ def run_jobs(
     return failed
 
 
-def _run(job: Job, folder: Folder, tensorboard: bool, video: bool, queue: NewsQueue, elsewhere: bool) -> None:
+def _run(
+    job: Job, origin: dict[str, str], folder: Folder, tensorboard: bool, video: bool, queue: NewsQueue, elsewhere: bool
+) -> None:
     """Run a job, perhaps on another machine."""
-    error = train_and_keep(job, folder, tensorboard, video, queue.put)
+    if not elsewhere:
+        _exit_with_parent()
+    error = train_and_keep(job, origin, folder, tensorboard, video, queue.put)
     text = folder.read([job])[0].to_json() if elsewhere and error is None else None
     queue.put((job.name, text, error))
 
@@ -106,11 +116,16 @@ def _listen(queue: NewsQueue, jobs: Mapping[str, Job], folder: Folder, bar: "tqd
             bar.update(news)
             continue
         name, text, error = news
-        if text is not None and not folder.finished(jobs[name]):
-            folder.write(Result.from_json(text))
-        if error is not None:
-            failed[name] = error.strip().splitlines()[-1]
-            bar.write(f"{name} has failed: {failed[name]} (see {folder.write_error(jobs[name], error)})")
+        try:
+            if text is not None and not folder.finished(jobs[name]):
+                folder.write(Result.from_json(text))
+            if error is not None:
+                failed[name] = error.strip().splitlines()[-1]
+                folder.write_error(jobs[name], error)
+        except OSError as full:  # the others may have more luck
+            failed[name] = failed.get(name, f"{type(full).__name__}: {full}")
+        if name in failed:
+            bar.write(f"{name} has failed: {failed[name]}")
 
 
 @contextmanager
@@ -125,5 +140,21 @@ def _queue(backend: str) -> Iterator[NewsQueue]:
         yield Queue()
         ray.shutdown()
         return
-    with multiprocessing.Manager() as manager:
+    manager = SyncManager()
+    manager.start(_exit_with_parent)
+    with manager:
         yield manager.Queue()
+
+
+@functools.cache
+def _exit_with_parent() -> None:
+    """In a process of ours: end it when the process that has started it is killed, lest it writes where others do by then."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if multiprocessing.parent_process() is not None:
+        threading.Thread(target=watch, daemon=True).start()

@@ -1,5 +1,6 @@
 """One job: its environments, its model, its training, and what is recorded on the way."""
 
+import math
 import time
 import traceback
 import warnings
@@ -17,15 +18,17 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_ppo_variants
 from benchmarks.job import Job
-from benchmarks.provenance import origin
+from benchmarks.provenance import machine
 from benchmarks.result import Folder, Result
 from benchmarks.variants import ALGORITHMS
 from benchmarks.video import VideoCallback
-from sb3_ppo_variants import PPO
+from sb3_ppo_variants import PPO, TimeLimitAsTermination, TrustRegionLoggingCallback
 from sb3_ppo_variants.arguments import parse_schedule
 
 UPDATE_COLUMNS = {"kl": "train/kl", "kl_coef": "train/kl_coef", "clip_fraction": "train/clip_fraction"}
 """Keys of the logs that are kept of each update."""
+SEEDS_OF_A_RUN = 10_000
+"""More than a run has environments."""
 MAX_UNTOLD = 1000
 """Updates of a run that are kept if none of them is logged."""
 
@@ -38,10 +41,33 @@ def make_env(job: Job) -> VecEnv:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)  # as CartPole-v0 has to be
-        env = make_vec_env(job.env, job.n_envs, seed=job.seed, env_kwargs=job.env_kwargs)
+        wrapper = TimeLimitAsTermination if job.terminal_time_limits else None
+        env = make_vec_env(job.env, job.n_envs, _seed(job), env_kwargs=job.env_kwargs, wrapper_class=wrapper)
     if job.normalize:
         return VecNormalize(env, gamma=job.arguments.get("gamma", 0.99))
     return env
+
+
+def random_return(job: Job, n_episodes: int = 30, max_steps: int = 100_000) -> float:
+    """
+    The mean return of actions drawn evenly from the action space; NaN if no episode ends.
+
+    :param job: in whose environment
+    :param n_episodes: episodes that are played to their end
+    :param max_steps: an end of patience
+    """
+    env = make_env(job.model_copy(update={"n_envs": 1, "normalize": False, "seed": 0}))
+    env.action_space.seed(0)
+    env.reset()
+    returns: list[float] = []
+    for _ in range(max_steps):
+        info = env.step(np.array([env.action_space.sample()]))[3][0]
+        if "episode" in info:
+            returns.append(info["episode"]["r"])
+        if len(returns) == n_episodes:
+            break
+    env.close()
+    return float(np.mean(returns)) if returns else math.nan
 
 
 def make_model(job: Job, env: VecEnv, tensorboard_log: Path | None = None) -> OnPolicyAlgorithm:
@@ -54,7 +80,12 @@ def make_model(job: Job, env: VecEnv, tensorboard_log: Path | None = None) -> On
     """
     algorithm = ALGORITHMS[job.algorithm]
     log = None if tensorboard_log is None else str(tensorboard_log)
-    return algorithm(job.policy, env, seed=job.seed, device="cpu", tensorboard_log=log, **_objects(job.arguments, algorithm))
+    return algorithm(job.policy, env, seed=_seed(job), device="cpu", tensorboard_log=log, **_objects(job.arguments, algorithm))
+
+
+def _seed(job: Job) -> int:
+    """SB3 seeds environments with consecutive numbers: those of different runs must not meet."""
+    return SEEDS_OF_A_RUN * job.seed
 
 
 def make_callbacks(job: Job) -> list[BaseCallback]:
@@ -142,11 +173,14 @@ class RecordingCallback(BaseCallback):
             self._kept = self.num_timesteps
 
 
-def train(job: Job, tensorboard_log: Path | None, videos: Path | None, report: Callable[[int], Any]) -> Result:
+def train(
+    job: Job, origin: dict[str, str], tensorboard_log: Path | None, videos: Path | None, report: Callable[[int], Any]
+) -> Result:
     """
     Train, on one torch thread.
 
     :param job: what to train
+    :param origin: provenance of the grid
     :param tensorboard_log: folder for TensorBoard, ``None`` for none
     :param videos: folder for videos of the policy, ``None`` for none
     :param report: as :class:`RecordingCallback` takes it
@@ -157,6 +191,8 @@ def train(job: Job, tensorboard_log: Path | None, videos: Path | None, report: C
         model = make_model(job, env, tensorboard_log)
         recording = RecordingCallback(job.timesteps, report)
         callbacks = [recording, *make_callbacks(job)]
+        if tensorboard_log is not None and isinstance(model, PPO):
+            callbacks.append(TrustRegionLoggingCallback(histogram_freq=10))
         if videos is not None:
             callbacks.append(VideoCallback(job, videos))
         start = time.perf_counter()
@@ -171,15 +207,18 @@ def train(job: Job, tensorboard_log: Path | None, videos: Path | None, report: C
         pd.DataFrame(recording.episodes, columns=["timesteps", "episode_return", "length"]),
         pd.DataFrame(recording.updates, columns=["timesteps", *UPDATE_COLUMNS]),
         wall_time,
-        origin(),
+        {**origin, "machine": machine()},
     )
 
 
-def train_and_keep(job: Job, folder: Folder, tensorboard: bool, video: bool, report: Callable[[int], Any]) -> str | None:
+def train_and_keep(
+    job: Job, origin: dict[str, str], folder: Folder, tensorboard: bool, video: bool, report: Callable[[int], Any]
+) -> str | None:
     """
     Train, and write the result into a folder.
 
     :param job: what to train
+    :param origin: provenance of the grid
     :param folder: of the results
     :param tensorboard: whether to write TensorBoard's files
     :param video: whether to record videos
@@ -189,7 +228,7 @@ def train_and_keep(job: Job, folder: Folder, tensorboard: bool, video: bool, rep
     try:
         folder.forget_logs(job)
         log = folder.tensorboard if tensorboard else None
-        folder.write(train(job, log, folder.videos if video else None, report))
+        folder.write(train(job, origin, log, folder.videos if video else None, report))
     except Exception:
         return traceback.format_exc()
     return None

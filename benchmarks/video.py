@@ -17,7 +17,8 @@ class VideoCallback(BaseCallback):
     """
     Records an episode, played deterministically in an environment of its own: training doesn't notice.
 
-    Files: ``<folder>/<env>/<variant>/seed_<n>/before/episode-0.mp4``, ``during/…`` (after half of the steps), ``after/…``.
+    Files: ``<folder>/<env>/<variant>/seed_<n>/before/before-episode-0.mp4``, and the same with ``during`` (after half of the
+    steps) and ``after``.
 
     :param job: that is trained
     :param folder: of the videos
@@ -49,7 +50,7 @@ class VideoCallback(BaseCallback):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
             env: gym.Env[Any, Any] = gym.make(self._job.env, render_mode="rgb_array", **self._job.env_kwargs)
-        env = RecordVideo(env, str(folder), name_prefix="", episode_trigger=lambda episode: True, disable_logger=True)
+        env = RecordVideo(env, str(folder), name_prefix=name, episode_trigger=lambda episode: True, disable_logger=True)
         normalizer = self.model.get_vec_normalize_env()
         observation, _ = env.reset(seed=self._job.seed)
         over = False

@@ -12,6 +12,7 @@ from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.version import __version__
+from sb3_ppo_variants.wrappers import TimeLimitAsTermination
 
 __all__ = [
     "PPO",
@@ -20,6 +21,7 @@ __all__ = [
     "KLCoefController",
     "KLEarlyStoppingCallback",
     "RewardsToGoRolloutBuffer",
+    "TimeLimitAsTermination",
     "TrustRegionLoggingCallback",
     "UpdateCallback",
     "UpdateStats",

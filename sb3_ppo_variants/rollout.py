@@ -104,13 +104,14 @@ def shorten(buffer: RolloutBuffer) -> None:
 
     :param buffer: that may not be full; :func:`lengthen` gives it its size back
     """
-    size = buffer.buffer_size
-    for name, value in vars(buffer).items():
-        if isinstance(value, dict):
-            vars(buffer)[name] = {key: array[: buffer.pos] for key, array in value.items()}
-        elif isinstance(value, np.ndarray) and len(value) == size:
-            vars(buffer)[name] = value[: buffer.pos]
-    vars(buffer)[_FULL_SIZE] = size
+    steps = slice(buffer.pos)
+    for name in ("actions", "rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
+        vars(buffer)[name] = vars(buffer)[name][steps]
+    if isinstance(buffer.observations, dict):
+        vars(buffer)["observations"] = {key: array[steps] for key, array in buffer.observations.items()}
+    else:
+        buffer.observations = buffer.observations[steps]
+    vars(buffer)[_FULL_SIZE] = buffer.buffer_size
     buffer.buffer_size = buffer.pos
     buffer.full = True
 

@@ -19,6 +19,7 @@ JOB = Job(
     timesteps=400,
     n_envs=1,
     normalize=False,
+    terminal_time_limits=False,
     env_kwargs={},
     threshold=None,
     arguments={},
@@ -43,7 +44,6 @@ def test_returns_of_each_rollout() -> None:
     result = run([1.0] * 10 + [2.0] * 9 + [4.0] + [3.0] * 20)
     assert result.returns_by_update.tolist() == pytest.approx([1, 2.2, 3, 3])
     assert result.final_return == 3.0
-    assert result.untrained_return == 1.0
 
 
 def test_rollouts_in_which_no_episode_ends() -> None:
@@ -62,23 +62,46 @@ def test_number_of_rollouts_until_a_return_is_reached() -> None:
 
 def test_last_and_best_returns() -> None:
     result = run([5.0] * 100 + [1.0] * 100, n_updates=20)
-    assert claim(measure="last_rollout_return").values([result]).tolist() == [1.0]
-    assert claim(measure="best_return").values([result]).tolist() == [5.0]
+    assert claim(measure="last_rollout_return", at_least=1).values([result]).tolist() == [1.0]
+    assert claim(measure="best_return", at_least=1).values([result]).tolist() == [5.0]
+    lowest = claim(measure="lowest_rollout_return", from_update=10, at_least=1)
+    assert lowest.values([run([0.0] * 90 + [5.0] * 100 + [2.0] * 10, n_updates=20)]).tolist() == [2.0]
     assert claim(measure="best_return", at_least=5).holds(np.array([5.0]))
     assert not claim(measure="best_return", at_least=5).holds(np.array([4.9]))
 
 
 def test_nothing_holds_of_no_runs() -> None:
-    assert not claim(measure="best_return").holds(claim(measure="best_return").values([]))
+    some = claim(measure="best_return", at_least=0)
+    assert not some.holds(some.values([]))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"measure": "updates_to_return", "at_most": 3}, "`of_return` is missing"),
+        ({"measure": "lowest_rollout_return", "at_least": 3}, "`from_update` is missing"),
+        ({"measure": "best_return"}, "`at_least` or `at_most` is missing"),
+    ],
+)
+def test_claims_must_be_complete(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        claim(**kwargs)
 
 
 def test_steps_to_solve_by_hand() -> None:
     # 100 episodes of 400, then 500s: the mean of the last 100 reaches 475 with the 75th of them, after 175 episodes.
     solved = run([400.0] * 100 + [500.0] * 80)
-    assert solved.steps_to_return(475.0) == 1750
-    assert run([500.0] * 99).steps_to_return(475.0) == np.inf
-    assert run([474.9] * 300).steps_to_return(475.0) == np.inf
+    assert solved.steps_to_solve(475.0) == 1750
+    assert run([500.0] * 99).steps_to_solve(475.0) == np.inf
+    assert run([474.9] * 300).steps_to_solve(475.0) == np.inf
     assert solved.threshold == 475.0
+
+
+def test_steps_to_a_return_over_a_tenth_of_the_run() -> None:
+    # 400 steps, so that the mean is over four episodes: 1, 1, 3, 3 have a mean of 2 after twelve.
+    assert run([1.0] * 10 + [3.0] * 30).steps_to_return(2.0) == 120
+    # One episode at the start is no tenth of the run.
+    assert run([3.0] + [1.0] * 39).steps_to_return(2.5) == np.inf
 
 
 def test_results_survive_being_written() -> None:

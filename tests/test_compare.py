@@ -1,18 +1,20 @@
 """The comparison as a user runs it, shortened: a grid, its interruption, its report recomputed from its CSV files."""
 
 import io
+import itertools
 import json
 import os
 import queue
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,11 +27,13 @@ from benchmarks import compare, result, scheduling
 from benchmarks.compare import main
 from benchmarks.grid import GridError, included, make_grid, read_grid
 from benchmarks.result import Folder
+from benchmarks.training import make_env, make_model
 
+SEEDS = range(5)
 GRID = {
     "envs": {"CartPole-v1": {"timesteps": 1500, "n_envs": 2}, "Pendulum-v1": {"timesteps": 1200}},
     "variants": {"clip": None, "adaptive_kl": {"arguments": {"kl_target": 0.02}}, "sb3_ppo": None, "a2c": None},
-    "seeds": 2,
+    "seeds": len(SEEDS),
     "arguments": {"n_steps": 256, "batch_size": 128, "n_epochs": 2, "learning_rate": "lin_1e-3"},
 }
 
@@ -55,13 +59,13 @@ def test_every_job_has_kept_its_result(output: Path) -> None:
     files = sorted(str(path.relative_to(output / "jobs")) for path in (output / "jobs").rglob("*.*"))
     variants = sorted(GRID["variants"])
     envs = sorted(GRID["envs"])
-    assert files == [f"{env}/{variant}/seed_{seed}.json" for env in envs for variant in variants for seed in (0, 1)]
+    assert files == [f"{env}/{variant}/seed_{seed}.json" for env in envs for variant in variants for seed in SEEDS]
     kept = json.loads((output / "jobs/CartPole-v1/adaptive_kl/seed_1.json").read_text())
     assert kept["job"]["arguments"] == {
         **GRID["arguments"],
         **{"clip_range": None, "kl_coef": "auto", "kl_target": 0.02},
     }
-    assert set(kept["provenance"]) == {"commit", "date", "versions", "machine"}
+    assert set(kept["provenance"]) == {"command", "commit", "date", "versions", "machine"}
     assert kept["wall_time"] > 0
     # Three rollouts of 2 x 256 steps; the last update's learning rate is 0.
     assert kept["updates"]["timesteps"] == [512, 1024, 1536]
@@ -80,47 +84,113 @@ def test_sb3s_control_trains_the_same(output: Path) -> None:
     assert theirs["updates"]["kl"] == [None] * 5
 
 
+def interquartile_mean_of_five(values: list[float]) -> float:
+    """A quarter of five is one on both sides."""
+    return sum(sorted(values)[1:4]) / 3
+
+
+def resampled(rng: np.random.Generator, *samples: list[float]) -> Iterator[list[np.ndarray]]:
+    for _ in range(3000):
+        yield [rng.choice(sample, len(sample)) for sample in samples]
+
+
 def test_the_reports_numbers_can_be_recomputed(output: Path) -> None:
-    """From the raw episodes alone, by other means."""
+    """From the raw episodes and updates alone, by other means."""
     episodes, updates = (pd.read_csv(output / f"{name}.csv.gz") for name in ("episodes", "updates"))
-    summary = pd.read_csv(output / "summary.csv")
+    jobs = pd.read_csv(output / "jobs.csv").set_index(["env", "variant", "seed"])
+    summary = pd.read_csv(output / "summary.csv").set_index(["env", "variant"])
     report = (output / "report.md").read_text()
+    rng = np.random.default_rng(0)
     finals: dict[tuple[str, str], list[float]] = {}
+    for env, variant, seed in itertools.product(GRID["envs"], GRID["variants"], SEEDS):
+        own = cells(episodes, env, variant).query(f"seed == {seed}")
+        end = cells(updates, env, variant).query(f"seed == {seed}")["timesteps"].iloc[-1]
+        late = own[own["timesteps"] > 0.9 * end]["episode_return"].to_numpy()
+        late = late if len(late) else own["episode_return"].to_numpy()[-1:]
+        finals.setdefault((env, variant), []).append(sum(late) / len(late))
+        assert jobs.loc[env, variant, seed]["final_return"] == pytest.approx(finals[env, variant][-1], rel=1e-6)
     for env in GRID["envs"]:
+        lines = [line.strip("| ") for line in report.split(f"## {env}\n")[1].split("\n## ")[0].splitlines() if "|" in line]
+        header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+        table = pd.DataFrame(rows, columns=header).set_index("variant")
         for variant in GRID["variants"]:
-            for seed in (0, 1):
-                own = cells(episodes, env, variant).query(f"seed == {seed}")
-                end = cells(updates, env, variant).query(f"seed == {seed}")["timesteps"].iloc[-1]
-                late = own[own["timesteps"] > 0.9 * end]["episode_return"].to_numpy()
-                late = late if len(late) else own["episode_return"].to_numpy()[-1:]
-                finals.setdefault((env, variant), []).append(sum(late) / len(late))
-    for env in GRID["envs"]:
-        section = report.split(f"## {env}\n")[1].split("\n## ")[0]
-        for variant in GRID["variants"]:
-            mine, clips = finals[env, variant], finals[env, "clip"]
-            mean = sum(mine) / 2  # of two runs, the middle half is both
-            row = cells(summary, env, variant).iloc[0]
+            mine, clips, row, told = finals[env, variant], finals[env, "clip"], summary.loc[env, variant], table.loc[variant]
+            mean = interquartile_mean_of_five(mine)
             assert row["final_return"] == pytest.approx(mean, rel=1e-6)
-            line = next(line for line in section.splitlines() if line.startswith(f"| {variant} "))
-            assert f"| {mean:.4g}" in line
-            kl = cells(updates, env, variant).groupby("seed")["kl"].median().median()
-            assert f"{kl:.2g}" in line or variant in ("sb3_ppo", "a2c")
-            # Two runs resampled with replacement: both are the smaller or the larger one in a quarter of the cases each.
-            assert (row["final_return_low"], row["final_return_high"]) == pytest.approx((min(mine), max(mine)), rel=1e-6)
-            if variant != "clip":
-                beaten = np.mean([(a > b) + (a == b) / 2 for a in mine for b in clips])
-                assert row["improvement"] == pytest.approx(beaten)
-                assert f"| {beaten:.2f}" in line
+            assert told["final return"].startswith(f"{mean:.4g} [")
+            bounds = np.quantile([interquartile_mean_of_five(list(own)) for (own,) in resampled(rng, mine)], [0.025, 0.975])
+            spread = max(mine) - min(mine)
+            assert (row["final_return_low"], row["final_return_high"]) == pytest.approx(
+                tuple(bounds), abs=0.05 * spread + 1e-9
+            )
+            own_updates = cells(updates, env, variant).groupby("seed")
+            for column, name, form, over_updates in (
+                ("kl", "KL an update", ".2g", "median"),
+                ("kl_coef", "beta at the end", ".2g", "last"),
+                ("clip_fraction", "clip fraction", ".2g", "mean"),
+            ):
+                number = getattr(own_updates[column], over_updates)().median()
+                assert told[name] == ("-" if np.isnan(number) else f"{number:{form}}"), (env, variant, name)
+            n_solved = sum(np.isfinite(jobs.loc[env, variant, seed]["steps_to_threshold"]) for seed in SEEDS)
+            assert told[f"reached {row['threshold']:.4g}"] == f"{n_solved} of 5"
+            if variant == "clip":
+                assert (told["beats clip"], told["p"]) == ("-", "-")
+                continue
+            beaten = np.mean([(a > b) + (a == b) / 2 for a in mine for b in clips])
+            assert row["improvement"] == pytest.approx(beaten)
+            assert told["beats clip"].startswith(f"{beaten:.2f} [")
+            chances = [np.mean([(a > b) + (a == b) / 2 for a in x for b in y]) for x, y in resampled(rng, mine, clips)]
+            low, high = np.quantile(chances, [0.025, 0.975])
+            assert (row["improvement_low"], row["improvement_high"]) == pytest.approx((low, high), abs=0.06)
+            # By counting: in how many of all orders of the ten runs are clip's ranks as uneven, or more?
+            ranks = pd.Series(mine + clips).rank().to_numpy()
+            uneven = [abs(sum(ranks[list(rows)]) - 27.5) for rows in itertools.combinations(range(10), 5)]
+            exact = np.mean([each >= uneven[0] - 1e-9 for each in uneven])
+            if len(set(ranks)) == 10:
+                assert row["p_value"] == pytest.approx(exact)
+                assert told["p"] == f"{exact:.3f}"
 
 
-def test_the_report_says_where_it_comes_from_and_what_it_can_t_tell(output: Path) -> None:
+def test_normalised_scores_can_be_recomputed(output: Path) -> None:
+    summary = pd.read_csv(output / "summary.csv").set_index(["env", "variant"])
+    jobs = pd.read_csv(output / "jobs.csv")
+    random = json.loads((output / "random_returns.json").read_text())
+    env = gym.make("Pendulum-v1")
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    assert random["Pendulum-v1"] == pytest.approx(-1200, abs=150)  # as everybody finds
+    assert random["CartPole-v1"] == pytest.approx(22, abs=6)
+    scores: dict[str, list[float]] = {}
+    for name, own in jobs.groupby("env"):
+        best = own["final_return"].max()
+        for _, row in own.iterrows():
+            scores.setdefault(row["variant"], []).append((row["final_return"] - random[name]) / (best - random[name]))
+    for variant, values in scores.items():
+        expected = np.mean(sorted(values)[2:8])  # of ten, a quarter is two on both sides
+        assert summary.loc["all", variant]["final_return"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_report_says_where_it_comes_from_and_what_it_cannot_tell(output: Path) -> None:
     report = (output / "report.md").read_text()
     for key in ("command", "commit", "date", "versions", "machine"):
         assert f"\n- {key}: " in report
-    # Of two and two runs, the best order has the probability 2 / 6 on both sides.
-    assert "2 seeds are too few to tell variants apart: even if all runs of one beat all of the other, p is 0.33" in report
     assert re.search(r"clip can't be told apart on Pendulum-v1 from: .*sb3_ppo", report)
     assert "| Pendulum-v1" in report.split("## Settings")[1]
+    assert "too few" not in report
+
+
+def test_the_report_warns_of_few_seeds_and_of_several_commits(output: Path, tmp_path: Path) -> None:
+    shutil.copytree(output, tmp_path / "results", ignore=shutil.ignore_patterns("seed_[3-9]*", "tensorboard"))
+    file = tmp_path / "results/jobs/CartPole-v1/clip/seed_0.json"
+    content = json.loads(file.read_text())
+    content["provenance"]["commit"] = "0123456789"
+    file.write_text(json.dumps(content))
+    grid = str(output.parent / "grid.yaml")
+    assert main(["--grid", grid, "--output", str(tmp_path / "results"), "--seeds", "3", "--no-tensorboard"]) == 0
+    report = (tmp_path / "results/report.md").read_text()
+    # Of three and three runs, the best order has the probability 1 / 20 on both sides.
+    assert "3 seeds are too few to tell variants apart: even if all runs of one beat all of the other, p is 0.1" in report
+    assert "The runs come from more than one commit: " in report
 
 
 def test_figures_are_pictures(output: Path) -> None:
@@ -139,7 +209,7 @@ def test_figures_are_pictures(output: Path) -> None:
 def test_tensorboard_has_one_run_a_job(output: Path) -> None:
     folders = {str(path.parent.relative_to(output / "tensorboard")) for path in output.rglob("events.out.*")}
     assert folders == {
-        f"{env}/{variant}/seed_{seed}_1" for env in GRID["envs"] for variant in GRID["variants"] for seed in (0, 1)
+        f"{env}/{variant}/seed_{seed}_1" for env in GRID["envs"] for variant in GRID["variants"] for seed in SEEDS
     }
     scalars = EventAccumulator(str(output / "tensorboard/CartPole-v1/adaptive_kl/seed_0_1")).Reload()
     assert len(scalars.Scalars("train/kl")) == 2  # the third update is after the last rollout
@@ -156,28 +226,30 @@ def test_the_same_command_again_trains_nothing(output: Path, monkeypatch: pytest
 
 def strip_times(folder: Path) -> dict[str, Any]:
     """What doesn't depend on the clock."""
-    contents = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+    contents = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in folder.rglob("seed_*.json")}
     return {name: [content["job"], content["episodes"], content["updates"]] for name, content in contents.items()}
 
 
 def test_goes_on_after_kill_9(tmp_path: Path) -> None:
-    """In the middle of a grid; the results are those of a grid that wasn't interrupted."""
-    content = {**GRID, "envs": {"CartPole-v1": {"timesteps": 4000}}, "variants": ["clip", "none"], "seeds": 4}
+    """Of the command alone, in the middle of a grid; the results are those of a grid that wasn't interrupted."""
+    content = {**GRID, "envs": {"CartPole-v1": {"timesteps": 20_000}}, "variants": ["clip", "none"], "seeds": 4}
     command = ["-m", "benchmarks.compare", "--grid", str(write_grid(tmp_path, content)), "--jobs", "2", "--no-tensorboard"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main([*command[2:], "--output", str(whole)]) == 0
 
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     arguments = [sys.executable, *command, "--output", str(broken)]
-    with subprocess.Popen(
-        arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not list(broken.rglob("seed_*.json")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-    n_finished = len(list(broken.rglob("seed_*.json")))
-    assert 0 < n_finished < 8
+        process.kill()
+    # The processes that it has started end with it: nobody writes there any more.
+    time.sleep(2)
+    finished = {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
+    assert 0 < len(list(broken.rglob("seed_*.json"))) < 8
+    time.sleep(2)
+    assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == finished
     assert main([*command[2:], "--output", str(broken)]) == 0
     assert strip_times(broken) == strip_times(whole)
     for name in ("summary.csv", "episodes.csv.gz", "updates.csv.gz"):
@@ -217,23 +289,28 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
     assert [path.name for path in (tmp_path / "results/jobs/CartPole-v1/none").iterdir()] == ["seed_0.json"]
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job whose result can't be written has failed; what was there before stays."""
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The jobs whose results can't be written have failed; what was there before stays."""
     assert main([*small(tmp_path), "--variants", "clip"]) == 0
     kept = (tmp_path / "results/jobs/CartPole-v1/clip/seed_0.json").read_bytes()
     replace = os.replace
 
     def full(source: Any, target: Any) -> None:
-        if str(target).endswith(".json"):
-            raise OSError(28, "No space left on device")
-        replace(source, target)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(result.os, "replace", full)
-    assert main(small(tmp_path)) == 1
-    assert (tmp_path / "results/jobs/CartPole-v1/clip/seed_0.json").read_bytes() == kept
-    folder = tmp_path / "results/jobs/CartPole-v1/none"
-    assert [path.name for path in folder.iterdir()] == ["seed_0.error.txt"]
-    assert "No space left on device" in (folder / "seed_0.error.txt").read_text()
+    assert main([*small(tmp_path), "--seeds", "2"]) == 1
+    printed = capsys.readouterr()
+    for job in ("none/seed_0", "none/seed_1", "clip/seed_1"):
+        assert f"CartPole-v1/{job} has failed: OSError: [Errno 28] No space left on device" in printed.out + printed.err
+    assert "What has been finished is kept" in printed.err
+    files = [path for path in (tmp_path / "results/jobs").rglob("*") if path.is_file()]
+    assert files == [tmp_path / "results/jobs/CartPole-v1/clip/seed_0.json"]
+    assert files[0].read_bytes() == kept
+    monkeypatch.setattr(result.os, "replace", replace)
+    assert main([*small(tmp_path), "--seeds", "2"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -294,6 +371,7 @@ def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
         ({**GRID, "variants": {"clip": {"callbacks": {"Stop": {}}}}}, "`callbacks` must be among"),
         ({**GRID, "variants": {"clip": {"arguments": {"policy_kwargs": {"activation_fn": "Relu"}}}}}, "activation_fn"),
         ({"variants": GRID["variants"]}, "--env is missing"),
+        ({**GRID, "arguments": {"n_episodes": 2}}, "`n_episodes` is unknown to sb3_ppo, which would be no control"),
     ],
 )
 def test_bad_grids(change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,6 +415,44 @@ def test_refuses_results_of_something_else(
     assert main(small(tmp_path)) == 2
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("seed_*")} == before
+
+
+def test_refuses_results_of_something_else_for_environments_with_a_namespace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gym.register("tests/CartPole-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=100)
+    try:
+        flags = [*small(tmp_path), "--env", "tests/CartPole-v0", "--variants", "clip"]
+        assert main(flags) == 0
+        assert main([*flags, "--timesteps", "999"]) == 2
+    finally:
+        del gym.registry["tests/CartPole-v0"]
+    assert "results of another grid, with timesteps 300 and not 999" in capsys.readouterr().err
+
+
+def test_environments_of_different_runs_have_nothing_in_common() -> None:
+    """Though SB3 gives those of one run consecutive seeds."""
+    grid = make_grid({"envs": ["CartPole-v1"], "variants": ["clip"], "seeds": 3, "n_envs": 4}, "test")
+    observations = []
+    for job in grid.jobs():
+        env = make_env(job)
+        make_model(job, env)
+        observations += list(env.reset())
+        env.close()
+    assert len({tuple(each) for each in observations}) == 12
+
+
+def test_time_limits_may_be_ends() -> None:
+    grid = make_grid({"envs": ["CartPole-v0"], "variants": ["clip"], "terminal_time_limits": True}, "test")
+    env = make_env(grid.jobs()[0])
+    env.reset()
+    env.envs[0].unwrapped.theta_threshold_radians = env.envs[0].unwrapped.x_threshold = 1e9  # type: ignore[attr-defined]
+    for _ in range(199):
+        assert not env.step(np.array([0]))[2][0]
+    *_, dones, infos = env.step(np.array([0]))
+    assert dones[0]
+    assert not infos[0]["TimeLimit.truncated"]
+    assert infos[0]["episode"]["l"] == 200
 
 
 def test_more_seeds_and_variants_are_added_to_what_is_there(tmp_path: Path) -> None:

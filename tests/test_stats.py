@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.stats import (
     curve_band,
+    holm,
     improvement_estimate,
     iqm,
     iqm_estimate,
@@ -89,3 +90,18 @@ def test_p_values_of_few_runs() -> None:
         pytest.approx(2 / 20),
         pytest.approx(2 / 70),
     ]
+
+
+def test_holms_correction_by_hand() -> None:
+    # The smallest of four counts four times, the next one three times, ... and none less than one before it.
+    assert holm(np.array([0.04, 0.01, 0.03, 0.5])).tolist() == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+    assert holm(np.array([])).tolist() == []
+
+
+def test_what_the_report_says_of_intervals_of_few_runs() -> None:
+    """Nine in ten cover the truth with five runs, three in four with three."""
+    rng = np.random.default_rng(1)
+    for n_runs, expected in ((5, 0.9), (3, 0.75)):
+        estimates = [iqm_estimate([sample]) for sample in rng.normal(size=(300, n_runs))]
+        assert np.mean([low <= 0 <= high for _, low, high in estimates]) == pytest.approx(expected, abs=0.06)

@@ -18,7 +18,7 @@ def test_videos_of_the_first_seed(tmp_path: Path) -> None:
     assert main(flags(tmp_path / "with", "--video")) == 0
     videos = sorted((tmp_path / "with" / "videos").rglob("*.mp4"))
     folder = tmp_path / "with/videos/CartPole-v1/clip/seed_0"
-    assert videos == [folder / f"{moment}/-episode-0.mp4" for moment in ("after", "before", "during")]
+    assert videos == [folder / f"{moment}/{moment}-episode-0.mp4" for moment in ("after", "before", "during")]
     for video in videos:
         with VideoFileClip(str(video)) as clip:
             assert clip.n_frames > 5

@@ -254,6 +254,15 @@ def test_calls_what_was_patched_before_or_after_its_import(order: tuple[str, str
     assert done.stdout == "128\n"
 
 
+def test_goes_on_where_torch_compile_has_been_used(monkeypatch: pytest.MonkeyPatch, used: list[str]) -> None:
+    """It replaces methods of all modules, of those that build them."""
+    for name in ("__init__", "__setstate__"):
+        original = getattr(nn.Module, name)
+        monkeypatch.setattr(nn.Module, name, lambda *args, original=original, **kwargs: original(*args, **kwargs))
+    learn()
+    assert set(used) == {"FusedEngine", "LeanPolicy"}
+
+
 PATCH = """
 from stable_baselines3.common.policies import ActorCriticPolicy
 forward = ActorCriticPolicy.forward

@@ -35,13 +35,18 @@ def _original(kind: type, name: str) -> Any:
 
 
 def _methods(kind: type) -> list[tuple[type, str, Any]]:
-    """The methods of a class and its bases, as they were when this package was imported."""
+    """
+    The methods of a class and its bases, as they were when this package was imported.
+
+    Not those that build or copy objects, as what they have built is looked at; ``torch.compile`` replaces some for good.
+    """
     return [
         (base, name, _original(base, name))
         for base in kind.__mro__
         if base.__module__.startswith(("stable_baselines3.", "sb3_ppo_variants.", "torch."))
         for name, method in vars(base).items()
         if isinstance(method, FunctionType) and not hasattr(method, "__deprecated__")
+        if not name.startswith("__") or name in ("__call__", "__getattr__")
     ]
 
 

@@ -72,7 +72,7 @@ def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
     options, folder = plan.options, plan.folder
     variants, envs = ", ".join(plan.grid.variants), ", ".join(plan.grid.envs)
     done = f", {len(jobs) - len(left)} of them already done" if len(left) < len(jobs) else ""
-    print(f"{len(jobs)} runs of {variants} on {envs}, {plan.grid.seeds} seeds each{done}.")
+    print(f"Runs of {variants} on {envs}: {len(jobs)}, seeds of each: {plan.grid.seeds}{done}.")
     failed: dict[str, str] = {}
     if left:
         failed = run_jobs(
@@ -127,7 +127,12 @@ def _check_env(job: Job, video: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            gym.make(job.env, **{**job.env_kwargs, **({"render_mode": "rgb_array"} if video else {})}).close()
+            env = gym.make(job.env, **job.env_kwargs)
+            if video and "rgb_array" not in env.metadata.get("render_modes", []):
+                raise GridError(f"environment {job.env} can't be recorded: it has no render mode 'rgb_array'")
+            env.close()
+    except GridError:
+        raise
     except gym.error.UnregisteredEnv as error:
         raise GridError(f"unknown environment: {error}") from error
     except Exception as error:
@@ -141,8 +146,14 @@ def _plan(arguments: Sequence[str] | None) -> Plan:
     source.add_argument("--grid", type=Path, metavar="FILE", help="a YAML file that says all of the following")
     for kind, text in (("preset", "a source system"), ("study", "a study of which results are committed")):
         source.add_argument(f"--{kind}", metavar="NAME", help=f"{text}: {', '.join(included(kind)) or 'none'}")
-    add("--env", nargs="+", metavar="ID", help="environments, by gymnasium's names")
-    add("--variants", nargs="+", metavar="NAME", help=f"among {', '.join(VARIANTS)} (default: clip adaptive_kl fixed_kl_3)")
+    add("--env", nargs="+", action="extend", metavar="ID", help="environments, by gymnasium's names")
+    add(
+        "--variants",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"among {', '.join(VARIANTS)} (default: clip adaptive_kl fixed_kl_3)",
+    )
     add("--seeds", type=_positive, metavar="N", help="seeds of each variant (default: 5)")
     add("--timesteps", type=_positive, metavar="N", help="time steps of a run (default: 100000)")
     add("--n-envs", type=_positive, metavar="N", help="environments of a run (default: 1)")
@@ -150,11 +161,12 @@ def _plan(arguments: Sequence[str] | None) -> Plan:
     add(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="ARGUMENT=VALUE",
         help="arguments of PPO; VARIANT:ARGUMENT=VALUE for one variant",
     )
-    add("--output", type=Path, metavar="FOLDER", help="where results go, and go on (default: runs/compare, or runs/NAME)")
+    add("--output", type=_folder, metavar="FOLDER", help="where results go, and go on (default: runs/compare, or runs/NAME)")
     add("--jobs", type=_positive, default=-1, metavar="N", help="runs at the same time (default: one a core)")
     add("--backend", choices=BACKENDS, default="loky", help="processes here, a Ray cluster, or one after the other")
     add("--no-tensorboard", dest="tensorboard", action="store_false", help="write no files for TensorBoard")
@@ -199,9 +211,19 @@ def _chosen(key: str, value: Any, said: Any) -> Any:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
+    try:
+        number = int(text)  # also 50_000
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return number
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be the name of a folder, not empty")
+    return Path(text)
 
 
 def _beside_python(command: str) -> str:

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, told apart by colour-blind readers too."""
@@ -83,6 +83,8 @@ def learning_curves(cells: Cells, styles: Styles, path: Path) -> None:
                 steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
                 _band(axis, steps, np.array([returns_at(result, steps) for result in results]), variant, styles)
         axis.set(title=env, xlabel="time steps", ylabel="return")
+        if not axis.lines:
+            axis.annotate("no episode has ended", (0.5, 0.5), xycoords="axes fraction", ha="center")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     _legend(figure, panels[0][1])
     seeds = {len(results) for results in cells.values()}
@@ -123,7 +125,7 @@ def divergence(cells: Cells, styles: Styles, path: Path) -> None:
     :param styles: of the variants
     :param path: the PNG
     """
-    told = {key: results for key, results in cells.items() if any(result.updates["kl"].notna().any() for result in results)}
+    told = {key: results for key, results in cells.items() if any((result.updates["kl"] > 0).any() for result in results)}
     if not told:
         return
     envs, variants = _axes_of(told)
@@ -155,8 +157,11 @@ def divergence(cells: Cells, styles: Styles, path: Path) -> None:
                 _band(right, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
         right.set(title=f"{env}: coefficient β", xlabel="time steps", yscale="log")
         for ticks in (left.xaxis, right.yaxis):
+            ticks.set_major_locator(LogLocator(subs=(1, 3)))
+            ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ticks.set_minor_formatter(NullFormatter())
         right.xaxis.set_major_formatter(EngFormatter(sep=""))
+        right.set_visible(bool(right.lines))
         if right.lines:
             right.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     _save(
@@ -228,7 +233,7 @@ def efficiency(jobs: pd.DataFrame, styles: Styles, path: Path) -> None:
             own = jobs[(jobs["env"] == env) & (jobs["variant"] == variant)]
             steps = own["steps_to_threshold"].replace(np.inf, np.nan)
             for axis, values in ((left, steps), (right, own["steps_per_second"])):
-                axis.plot(values, np.full(len(values), row), "o", color=styles[variant]["color"], alpha=0.6)
+                axis.plot(values, np.full(len(values), row), "o", color=styles[variant]["color"], alpha=0.6, clip_on=False)
             if len(own):
                 note = f"{steps.notna().sum()} of {len(own)}"
                 left.annotate(note, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small")

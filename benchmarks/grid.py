@@ -4,10 +4,10 @@ import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, StringConstraints, ValidationError
 
 from benchmarks.claims import Claim
 from benchmarks.job import Arguments, Job, Model
@@ -15,6 +15,12 @@ from benchmarks.variants import ALGORITHMS, VARIANTS
 
 FOLDERS = {"preset": Path(__file__).parent / "presets", "study": Path(__file__).parent / "studies"}
 """Grids that come with the package."""
+
+
+RESERVED = {"policy", "env", "seed", "device", "tensorboard_log", "verbose", "_init_setup_model"}
+"""Arguments of the algorithms that a grid sets by other means, or can't set."""
+VARIANT_NAME = r"[A-Za-z0-9][\w.+-]*"
+"""It becomes the name of a folder."""
 
 
 class GridError(Exception):
@@ -42,7 +48,7 @@ class Task(Model):
     terminal_time_limits: bool | None = None
     env_kwargs: Arguments = Field(default_factory=dict)
     policy: str | None = None
-    threshold: float | Literal["baseline"] | None = None
+    threshold: FiniteFloat | Literal["baseline"] | None = None
     arguments: Arguments = Field(default_factory=dict)
 
 
@@ -79,7 +85,7 @@ class Grid(Model):
 
     title: str | None = None
     envs: dict[str, Task] = Field(min_length=1)
-    variants: dict[str, Change] = Field(min_length=1)
+    variants: dict[Annotated[str, StringConstraints(pattern=f"^{VARIANT_NAME}$")], Change] = Field(min_length=1)
     seeds: PositiveInt = 5
     timesteps: PositiveInt = 100_000
     n_envs: PositiveInt = 1
@@ -104,9 +110,9 @@ class Grid(Model):
 
     def _job(self, env: str, task: Task, name: str, change: Change, seed: int) -> Job:
         variant = VARIANTS[one_of("variant", change.of or name, VARIANTS)]
-        parameters = inspect.signature(ALGORITHMS[variant.algorithm]).parameters
+        parameters = _parameters(variant.algorithm)
         shared = {**self.arguments, **task.arguments}
-        for arguments, allowed in ((shared, _all_parameters()), (change.arguments, parameters)):
+        for arguments, allowed in ((shared, set().union(*map(_parameters, ALGORITHMS))), (change.arguments, parameters)):
             for argument in arguments:
                 one_of(f"argument of {name}", argument, allowed)
         defining = [argument for argument in shared if argument in variant.arguments and variant.algorithm == "ppo"]
@@ -138,8 +144,8 @@ class Grid(Model):
         )
 
 
-def _all_parameters() -> set[str]:
-    return {name for algorithm in ALGORITHMS.values() for name in inspect.signature(algorithm).parameters} - {"policy", "env"}
+def _parameters(algorithm: str) -> set[str]:
+    return set(inspect.signature(ALGORITHMS[algorithm]).parameters) - RESERVED
 
 
 def one_of(what: str, name: str, allowed: Iterable[str]) -> str:
@@ -159,6 +165,17 @@ def one_of(what: str, name: str, allowed: Iterable[str]) -> str:
     raise GridError(f"unknown {what}: {name!r}; {hint}")
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's rule, which PyYAML doesn't enforce: of two values for a key the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_grid(path: Path) -> dict[str, Any]:
     """
     The content of a YAML file, not yet checked.
@@ -167,7 +184,7 @@ def read_grid(path: Path) -> dict[str, Any]:
     :raises GridError: if there is no such file, or it isn't a YAML mapping
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise GridError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -185,6 +202,10 @@ def make_grid(content: Mapping[str, Any], source: str) -> Grid:
     :param source: where it comes from, for messages
     :raises GridError: if anything is wrong with it
     """
+    for key in ("envs", "variants"):
+        value = content.get(key)
+        if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+            raise GridError(f"{source}: `{key}` must be a list of names, or a mapping, not {value!r}")
     named = {
         key: dict.fromkeys(value) if key in ("envs", "variants") and isinstance(value, list) else value
         for key, value in content.items()
@@ -194,6 +215,8 @@ def make_grid(content: Mapping[str, Any], source: str) -> Grid:
             named[key] = {name: value if value is not None else {} for name, value in named[key].items()}
     try:
         return Grid.model_validate(named)
+    except RecursionError as error:
+        raise GridError(f"{source}: something contains itself") from error
     except ValidationError as error:
         raise GridError("\n".join(f"{source}: {_in_words(each)}" for each in error.errors())) from error
 
@@ -238,4 +261,7 @@ def override(content: dict[str, Any], settings: Iterable[str]) -> None:
         if colon:
             one_of("variant in --set", variant, content["variants"])
             place = content["variants"][variant] = dict(content["variants"][variant] or {})
-        place["arguments"] = {**(place.get("arguments") or {}), argument: yaml.safe_load(value)}
+        try:
+            place["arguments"] = {**(place.get("arguments") or {}), argument: yaml.safe_load(value)}
+        except yaml.YAMLError as error:
+            raise GridError(f"--set {setting}: the value is no YAML") from error

@@ -1,7 +1,9 @@
 """One training run of a comparison, in plain data."""
 
+import importlib
 from typing import Annotated, Any
 
+import gymnasium as gym
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
@@ -43,6 +45,14 @@ class Job(Model):
     threshold: float | str | None
     arguments: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
+
+    @property
+    def reward_threshold(self) -> float | None:
+        """Gymnasium's, of the environment."""
+        module, _, name = self.env.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        return gym.spec(name).reward_threshold
 
     @property
     def name(self) -> str:

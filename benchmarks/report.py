@@ -52,7 +52,9 @@ class Comparison:
         self.envs = [env for env in grid.envs if any(env == each for each, _ in self.cells)]
         self.variants = [variant for variant in grid.variants if any(variant == each for _, each in self.cells)]
         self.baseline = BASELINE if BASELINE in self.variants else self.variants[0]
-        self.finals = {key: np.array([result.final_return for result in own]) for key, own in self.cells.items()}
+        # Without those of runs in which no episode has ended, of which `write_report` warns.
+        finals = {key: np.array([result.final_return for result in own]) for key, own in self.cells.items()}
+        self.finals = {key: values[~np.isnan(values)] for key, values in finals.items() if not np.isnan(values).all()}
         self.jobs = self._jobs()
 
     def _threshold(self, env: str) -> tuple[float, bool]:
@@ -91,10 +93,11 @@ class Comparison:
         rows = []
         for env, variant in self.cells:
             own = self.jobs[(self.jobs["env"] == env) & (self.jobs["variant"] == variant)]
-            finals, theirs = self.finals[env, variant], self.finals.get((env, self.baseline))
-            final = iqm_estimate([finals])
-            row = {"env": env, "variant": variant, "n_seeds": len(finals), **_spread("final_return", final)}
-            if theirs is not None and variant != self.baseline:
+            finals, theirs = self.finals.get((env, variant)), self.finals.get((env, self.baseline))
+            row = {"env": env, "variant": variant, "n_seeds": len(own)}
+            if finals is not None:
+                row |= _spread("final_return", iqm_estimate([finals]))
+            if finals is not None and theirs is not None and variant != self.baseline:
                 row |= _spread("improvement", improvement_estimate([finals], [theirs])) | {"p_value": p_value(finals, theirs)}
             steps = own["steps_to_threshold"]
             row |= {
@@ -116,29 +119,28 @@ class Comparison:
         return pd.DataFrame(rows)
 
     def scores(self) -> dict[str, list[np.ndarray]]:
-        """Normalised final returns of the variants that have run everywhere: 0 at random, 1 the best run."""
+        """
+        Normalised final returns of the variants that have run everywhere: 0 at random, 1 the best run.
+
+        Without environments in which no run is better than random actions.
+        """
         best = {env: self.jobs["final_return"][self.jobs["env"] == env].max() for env in self.envs}
+        envs = [env for env in self.envs if best[env] > self.random[env]]
         return {
-            variant: [_scaled(self.finals[env, variant], self.random[env], best[env]) for env in self.envs]
+            variant: [(self.finals[env, variant] - self.random[env]) / (best[env] - self.random[env]) for env in envs]
             for variant in self.variants
-            if all((env, variant) in self.finals for env in self.envs)
+            if envs and all((env, variant) in self.finals for env in envs)
         }
 
     def alike(self) -> dict[str, list[str]]:
         """By environment, the variants that may as well be the baseline, after Holm's correction for all comparisons."""
-        pairs = [key for key in self.cells if key[1] != self.baseline and (key[0], self.baseline) in self.finals]
+        pairs = [key for key in self.finals if key[1] != self.baseline and (key[0], self.baseline) in self.finals]
         p_values = np.array([p_value(self.finals[env, variant], self.finals[env, self.baseline]) for env, variant in pairs])
         alike: dict[str, list[str]] = {}
         for (env, variant), corrected in zip(pairs, holm(p_values), strict=True):
             if corrected > 1 - CONFIDENCE:
                 alike.setdefault(env, []).append(variant)
         return alike
-
-
-def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 at the lower bound, 1 at the upper one; 0 for all if nothing is above the lower one."""
-    scaled: np.ndarray = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return scaled
 
 
 def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Mapping[str, str]) -> str:
@@ -195,7 +197,7 @@ def _draw(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> list[s
     }
     if estimates:
         figures.improvement(estimates, comparison.baseline, styles, folder / "improvement.png")
-    if len(comparison.envs) > 1:
+    if len(comparison.envs) > 1 and comparison.scores():
         figures.profiles(comparison.scores(), styles, folder / "profiles.png")
     figures.divergence(comparison.cells, styles, folder / "divergence.png")
     figures.efficiency(comparison.jobs, styles, folder / "efficiency.png")
@@ -286,6 +288,18 @@ def _warnings(comparison: Comparison, failed: Mapping[str, str]) -> list[str]:
     missing = len(comparison.grid.jobs()) - sum(len(own) for own in comparison.cells.values())
     if missing:
         texts.append(f"{missing} of {len(comparison.grid.jobs())} runs are missing.")
+    silent = comparison.jobs[comparison.jobs["final_return"].isna()]
+    for (env, variant), own in silent.groupby(["env", "variant"], sort=False):
+        texts.append(f"In {len(own)} runs of {variant} on {env} no episode has ended: they are left out.")
+    unscaled = [
+        env
+        for env in comparison.envs
+        if not comparison.jobs["final_return"][comparison.jobs["env"] == env].max() > comparison.random[env]
+    ]
+    if unscaled and len(comparison.envs) > 1:
+        texts.append(
+            f"No run is better than random actions on {', '.join(unscaled)}: left out of what is said of all environments."
+        )
     n_seeds = min(counts)
     if smallest_p_value(n_seeds) > 1 - CONFIDENCE:
         count = "1 seed is" if n_seeds == 1 else f"{n_seeds} seeds are"

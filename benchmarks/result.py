@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import gymnasium as gym
 import numpy as np
 import pandas as pd
 
 from benchmarks.job import Job
 from benchmarks.provenance import versions
 
+COLUMNS = {
+    "episodes": ["timesteps", "episode_return", "length"],
+    "updates": ["timesteps", "kl", "kl_coef", "clip_fraction"],
+}
+"""Of the tables of a result."""
 EPISODES = 100
 """Episodes that a return is averaged over, as in gymnasium's definition of a solved task."""
 FINAL = 0.1
@@ -68,7 +72,7 @@ class Result:
     def threshold(self) -> float | None:
         """The mean return of :data:`EPISODES` episodes that counts as solved; ``None`` if the task has none."""
         if self.job.threshold is None:
-            return gym.spec(self.job.env).reward_threshold
+            return self.job.reward_threshold
         return self.job.threshold if isinstance(self.job.threshold, float | int) else None
 
     def steps_to_solve(self, threshold: float) -> float:
@@ -115,10 +119,18 @@ class Result:
         content = json.loads(text)
         if not isinstance(content, dict) or content.keys() != {"job", "provenance", "wall_time", "episodes", "updates"}:
             raise ValueError("no result of a run")
-        frames = [pd.DataFrame(content[name], dtype=float) for name in ("episodes", "updates")]
-        for frame in frames:
-            frame["timesteps"] = frame["timesteps"].astype(int)
-        return cls(Job.model_validate(content["job"]), frames[0], frames[1], content["wall_time"], content["provenance"])
+        frames = {name: pd.DataFrame(content[name], dtype=float) for name in COLUMNS}
+        for name, columns in COLUMNS.items():
+            if list(frames[name]) != columns:
+                raise ValueError(f"`{name}` must have the columns {', '.join(columns)}")
+            frames[name]["timesteps"] = frames[name]["timesteps"].astype(int)
+        if len(frames["updates"]) == 0 or not isinstance(content["wall_time"], float):
+            raise ValueError("no updates, or no wall time")
+        if not isinstance(content["provenance"], dict) or "versions" not in content["provenance"]:
+            raise ValueError("`provenance` lacks the versions")
+        return cls(
+            Job.model_validate(content["job"]), **frames, wall_time=content["wall_time"], provenance=content["provenance"]
+        )
 
 
 def _columns(frame: pd.DataFrame) -> dict[str, list[float | None]]:
@@ -230,7 +242,7 @@ class Folder:
     def _read(self, file: Path) -> Result:
         try:
             return Result.from_json(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise ResultsError(f"{file}: not readable as a result ({error}); remove it, and its job runs again") from error
 
 

@@ -58,7 +58,7 @@ def run_jobs(
     :param n_jobs: how many at once, -1 for one a core
     :param tensorboard: whether to write TensorBoard's files
     :param video: whether to record videos of each variant's first seed
-    :return: the last line of the traceback of each job that has failed, by the jobs' names
+    :return: what has gone wrong in each job that has failed, by the jobs' names
     :raises InterruptedGridError: if a process has been killed
     """
     failed: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _listen(queue: NewsQueue, jobs: Mapping[str, Job], folder: Folder, bar: "tqd
             if text is not None and not folder.finished(jobs[name]):
                 folder.write(Result.from_json(text))
             if error is not None:
-                failed[name] = error.strip().splitlines()[-1]
+                failed[name] = error.partition("\n")[0]
                 folder.write_error(jobs[name], error)
         except OSError as full:  # the others may have more luck
             failed[name] = failed.get(name, f"{type(full).__name__}: {full}")

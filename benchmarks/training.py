@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import sb3_ppo_variants
 from benchmarks.job import Job
 from benchmarks.provenance import machine
-from benchmarks.result import Folder, Result
+from benchmarks.result import COLUMNS, Folder, Result
 from benchmarks.variants import ALGORITHMS
 from benchmarks.video import VideoCallback
 from sb3_ppo_variants import PPO, TimeLimitAsTermination, TrustRegionLoggingCallback
@@ -40,7 +40,8 @@ def make_env(job: Job) -> VecEnv:
     :param job: the job
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)  # as CartPole-v0 has to be
+        # CartPole-v0 has to be old, and SB3 tries a render mode that not all have.
+        warnings.filterwarnings("ignore", message=".*(is out of date|is being initialised with render_mode)")
         wrapper = TimeLimitAsTermination if job.terminal_time_limits else None
         env = make_vec_env(job.env, job.n_envs, _seed(job), env_kwargs=job.env_kwargs, wrapper_class=wrapper)
     if job.normalize:
@@ -204,8 +205,8 @@ def train(
         env.close()
     return Result(
         job,
-        pd.DataFrame(recording.episodes, columns=["timesteps", "episode_return", "length"]),
-        pd.DataFrame(recording.updates, columns=["timesteps", *UPDATE_COLUMNS]),
+        pd.DataFrame(recording.episodes, columns=COLUMNS["episodes"]),
+        pd.DataFrame(recording.updates, columns=COLUMNS["updates"]),
         wall_time,
         {**origin, "machine": machine()},
     )
@@ -223,12 +224,13 @@ def train_and_keep(
     :param tensorboard: whether to write TensorBoard's files
     :param video: whether to record videos
     :param report: as :class:`RecordingCallback` takes it
-    :return: the traceback if anything has failed
+    :return: if anything has failed, a line that says what, and the traceback
     """
     try:
         folder.forget_logs(job)
         log = folder.tensorboard if tensorboard else None
         folder.write(train(job, origin, log, folder.videos if video else None, report))
-    except Exception:
-        return traceback.format_exc()
+    except (Exception, SystemExit) as error:  # an environment may want to exit
+        summary = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+        return f"{summary}\n\n{traceback.format_exc()}"
     return None

@@ -32,7 +32,7 @@ def run(returns: list[float], seed: int = 0, n_updates: int = 4) -> Result:
     ends = 10 * np.arange(1, len(returns) + 1)
     episodes = pd.DataFrame({"timesteps": ends, "episode_return": returns, "length": 10})
     updates = pd.DataFrame({"timesteps": 100 * np.arange(1, n_updates + 1), "kl": 0.01, "kl_coef": 1.0, "clip_fraction": 0.1})
-    return Result(JOB.model_copy(update={"seed": seed}), episodes, updates, 1.0, {})
+    return Result(JOB.model_copy(update={"seed": seed}), episodes, updates, 1.0, {"versions": "1"})
 
 
 def claim(**kwargs: Any) -> Claim:

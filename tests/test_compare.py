@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +258,10 @@ def test_goes_on_after_kill_9(tmp_path: Path) -> None:
     assert not list(broken.rglob(".seed_*"))
 
 
-def small(tmp_path: Path, *more: str) -> list[str]:
-    flags = ["--env", "CartPole-v1", "--variants", "clip", "none", "--seeds", "1", "--timesteps", "300", "--no-tensorboard"]
+def small(
+    tmp_path: Path, *more: str, env: Sequence[str] = ("CartPole-v1",), variants: Sequence[str] = ("clip", "none")
+) -> list[str]:
+    flags = ["--env", *env, "--variants", *variants, "--seeds", "1", "--timesteps", "300", "--no-tensorboard"]
     return [*flags, "--set", "n_steps=128", "--backend", "sequential", "--output", str(tmp_path / "results"), *more]
 
 
@@ -293,7 +295,7 @@ def test_a_full_disk_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The jobs whose results can't be written have failed; what was there before stays."""
-    assert main([*small(tmp_path), "--variants", "clip"]) == 0
+    assert main(small(tmp_path, variants=["clip"])) == 0
     kept = (tmp_path / "results/jobs/CartPole-v1/clip/seed_0.json").read_bytes()
     replace = os.replace
 
@@ -332,6 +334,10 @@ def test_a_full_disk_loses_nothing(
         ),
         (["--env", "CartPole-v1", "--set", "n_steps=[1]"], "clip on CartPole-v1: "),
         (["--preset", "z"], "unknown preset: 'z'; it must be one of a, b"),
+        (["--env", "CartPole-v1", "--set", "n_steps=["], "--set n_steps=[: the value is no YAML"),
+        (["--env", "CartPole-v1", "--set", "seed=3"], "unknown argument of clip: 'seed'"),
+        (["--env", "tests.no_such_module:X-v0"], "environment tests.no_such_module:X-v0"),
+        (["--env", "Dull-v0", "--video"], "environment Dull-v0 can't be recorded"),
         (["--grid", "/nowhere/grid.yaml"], "/nowhere/grid.yaml: No such file or directory"),
     ],
 )
@@ -342,7 +348,16 @@ def test_bad_command_lines(arguments: list[str], message: str, tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--seeds", "0"], ["--timesteps", "-1"], ["--n-envs", "x"], ["--backend", "dask"], ["--nonsense"]]
+    "arguments",
+    [
+        ["--seeds", "0"],
+        ["--timesteps", "-1"],
+        ["--timesteps", "1e5"],
+        ["--output", ""],
+        ["--n-envs", "x"],
+        ["--backend", "dask"],
+        ["--nonsense"],
+    ],
 )
 def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
@@ -356,6 +371,11 @@ def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     [
         ("a: [", "grid.yaml: not YAML"),
         ("- 3", "grid.yaml: must be a mapping with the keys title, envs"),
+        ("seeds: 1\nseeds: 2", "'seeds' stands there twice"),
+        ("envs: [CartPole-v1, [a, b]]", "`envs` must be a list of names, or a mapping"),
+        ("envs: [CartPole-v1]\narguments: &x {policy_kwargs: *x}", "something contains itself"),
+        ({**GRID, "variants": {"../x": {"of": "clip"}}}, "`variants.../x.[key]`: string should match pattern"),
+        ({**GRID, "envs": {"CartPole-v1": {"threshold": float("nan")}}}, "`envs.CartPole-v1.threshold"),
         ({**GRID, "seed": 3}, "`seed`: unknown key: 'seed'; did you mean 'seeds'?"),
         ({**GRID, "seeds": 0}, "`seeds`: input should be greater than 0, not 0"),
         ({**GRID, "seeds": "three"}, "`seeds`: input should be a valid integer, not 'three'"),
@@ -399,6 +419,10 @@ def other_result(output: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         ),
         (lambda output: (output / "jobs/CartPole-v1/clip/seed_0.json").write_text('{"job": '), "not readable as a result"),
         (lambda output: (output / "jobs/CartPole-v1/clip/seed_0.json").write_text("[]"), "not readable as a result"),
+        (lambda output: other_result(output, lambda content: content.update(episodes={})), "`episodes` must have the columns"),
+        (lambda output: other_result(output, lambda content: content["updates"].pop("kl")), "`updates` must have the columns"),
+        (lambda output: other_result(output, lambda content: content.update(provenance=[])), "`provenance` lacks"),
+        (lambda output: other_result(output, lambda content: content.update(wall_time="x")), "no updates, or no wall time"),
         (
             lambda output: (output / "jobs/CartPole-v1/clip/seed_0.json").rename(output / "jobs/CartPole-v1/clip/seed_9.json"),
             "results of another grid, which has this job too",
@@ -408,7 +432,7 @@ def other_result(output: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_refuses_results_of_something_else(
     spoil: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*small(tmp_path), "--variants", "clip"]) == 0
+    assert main(small(tmp_path, variants=["clip"])) == 0
     spoil(tmp_path / "results")
     before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("seed_*")}
     assert main(small(tmp_path)) == 2
@@ -421,7 +445,7 @@ def test_refuses_results_of_something_else_for_environments_with_a_namespace(
 ) -> None:
     gym.register("tests/CartPole-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=100)
     try:
-        flags = [*small(tmp_path), "--env", "tests/CartPole-v0", "--variants", "clip"]
+        flags = small(tmp_path, env=["tests/CartPole-v0"], variants=["clip"])
         assert main(flags) == 0
         assert main([*flags, "--timesteps", "999"]) == 2
     finally:
@@ -455,7 +479,7 @@ def test_time_limits_may_be_ends() -> None:
 
 
 def test_more_seeds_and_variants_are_added_to_what_is_there(tmp_path: Path) -> None:
-    assert main([*small(tmp_path), "--variants", "clip"]) == 0
+    assert main(small(tmp_path, variants=["clip"])) == 0
     assert main([*small(tmp_path), "--seeds", "2"]) == 0
     assert len(list((tmp_path / "results").rglob("seed_*.json"))) == 4
 
@@ -467,7 +491,7 @@ def test_says_so_if_the_report_cannot_be_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compare, "write_report", full)
-    assert main([*small(tmp_path), "--variants", "clip"]) == 1
+    assert main(small(tmp_path, variants=["clip"])) == 1
     assert "error: [Errno 28] No space left on device. What has been finished is kept." in capsys.readouterr().err
     assert (tmp_path / "results/jobs/CartPole-v1/clip/seed_0.json").exists()
 
@@ -476,6 +500,51 @@ def test_refuses_a_second_comparison_in_the_same_folder(tmp_path: Path, capsys: 
     with Folder(tmp_path / "results").locked():
         assert main(small(tmp_path)) == 2
     assert "another comparison is writing there" in capsys.readouterr().err
+
+
+class Dull(gym.Env[Any, Any]):
+    """Nothing happens; episodes never end."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+gym.register("Dull-v0", entry_point=Dull)
+
+
+def test_tasks_in_which_no_episode_ends_are_left_out_and_named(tmp_path: Path) -> None:
+    assert main(small(tmp_path, env=["Dull-v0", "CartPole-v1"])) == 0
+    report = (tmp_path / "results/report.md").read_text()
+    assert "In 1 runs of none on Dull-v0 no episode has ended: they are left out." in report
+    assert "No run is better than random actions on Dull-v0" in report
+    dull = report.split("## Dull-v0")[1].split("## ")[0]
+    assert re.search(r"\| none +\| - +\| - +\| - ", dull)
+
+
+def test_environments_of_modules_are_named_as_gymnasium_does(tmp_path: Path) -> None:
+    env = "benchmarks.cartpole_swingup:CartPoleSwingUp-v0"
+    assert main(small(tmp_path, "--timesteps", "1200", env=[env], variants=["clip"])) == 0
+    assert "CartPoleSwingUp" in (tmp_path / "results/report.md").read_text()
+
+
+def test_an_environment_that_exits_is_a_failed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import training
+
+    def leave(job: Any, *args: Any) -> Any:
+        raise SystemExit("two\nlines")
+
+    monkeypatch.setattr(training, "train", leave)
+    assert main(small(tmp_path)) == 1
+    error = (tmp_path / "results/jobs/CartPole-v1/none/seed_0.error.txt").read_text()
+    assert error.splitlines()[0] == "SystemExit: two"
+    assert "Traceback" in error
 
 
 def test_says_how_to_go_on_after_ctrl_c(
@@ -496,6 +565,12 @@ def test_overrides_reach_their_variant(tmp_path: Path) -> None:
     assert jobs["clip"].arguments == {"clip_range": 0.2}
     assert jobs["mine"].arguments == {"clip_range": 0.1}
     assert len(grid.jobs()) == 10
+
+
+def test_flags_add_up() -> None:
+    plan = compare._plan(["--env", "CartPole-v1", "--env", "Acrobot-v1", "--set", "n_steps=64", "--set", "batch_size=32"])
+    assert list(plan.grid.envs) == ["CartPole-v1", "Acrobot-v1"]
+    assert plan.grid.arguments == {"n_steps": 64, "batch_size": 32}
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks import compare
 from benchmarks.variants import VARIANTS
 from sb3_ppo_variants import PPO
 from tests.test_logs import OWN_KEYS, SB3_KEYS
@@ -49,6 +51,13 @@ def test_every_new_argument_is_in_the_table() -> None:
 def test_the_table_of_variants_is_complete() -> None:
     table = README.split("| variant | is |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([\w.]+)`", table)) == set(VARIANTS)
+
+
+def test_commands_of_comparisons_are_understood() -> None:
+    commands = re.findall(r"^python -m benchmarks.compare (.*)$", README, re.M)
+    assert commands
+    for command in commands:
+        assert compare._plan(shlex.split(command)).grid.jobs()
 
 
 def test_links_are_not_dead() -> None:

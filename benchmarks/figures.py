@@ -157,7 +157,8 @@ def divergence(cells: Cells, styles: Styles, path: Path) -> None:
                 _band(right, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
         right.set(title=f"{env}: coefficient β", xlabel="time steps", yscale="log")
         for ticks in (left.xaxis, right.yaxis):
-            ticks.set_major_locator(LogLocator(subs=(1, 3)))
+            low, high = ticks.get_view_interval()
+            ticks.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
             ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ticks.set_minor_formatter(NullFormatter())
         right.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from typing_extensions import Self
 
+from benchmarks.job import Model
 from benchmarks.result import Result
 
 MEASURES = Literal["updates_to_return", "last_rollout_return", "lowest_rollout_return", "best_return"]
 
 
-class Claim(BaseModel):
+class Claim(Model):
     """
     A bound on a measure of one variant's runs.
 
@@ -29,8 +30,6 @@ class Claim(BaseModel):
     :param at_most: its upper bound
     :param seeds: ``median``: holds for the seeds' median; ``all``: for each of them
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     says: str
     env: str

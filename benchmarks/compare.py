@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def check_jobs(jobs: Iterable[Job], video: bool) -> None:
+def check_jobs(jobs: Sequence[Job], video: bool) -> None:
     """
     Build everything once, so that what is wrong with it shows before any job starts.
 
@@ -105,13 +105,9 @@ def check_jobs(jobs: Iterable[Job], video: bool) -> None:
     """
     if video and importlib.util.find_spec("moviepy") is None:
         raise GridError("--video needs the package moviepy (pip install moviepy)")
-    seen: set[tuple[str, str]] = set()
-    for job in jobs:
-        if (job.env, job.variant) in seen:
-            continue
-        if not any(job.env == env for env, _ in seen):
-            _check_env(job, video)
-        seen.add((job.env, job.variant))
+    for job in {job.env: job for job in jobs}.values():
+        _check_env(job, video)
+    for job in {(job.env, job.variant): job for job in jobs}.values():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the job itself will warn

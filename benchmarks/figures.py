@@ -187,7 +187,7 @@ def profiles(scores: Mapping[str, Sequence[np.ndarray]], styles: Styles, path: P
         axis.plot(thresholds, value, label=variant, **styles[variant])
         axis.fill_between(thresholds, low, high, color=styles[variant]["color"], alpha=0.12, lw=0)
     axis.set(
-        xlabel="normalised final return: 0 before training, 1 the best run", ylabel="share of runs above it", ylim=(0, 1.02)
+        xlabel="normalised final return: 0 random actions, 1 the best run", ylabel="share of runs above it", ylim=(0, 1.02)
     )
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axis.spines[["top", "right"]].set_visible(False)
@@ -305,12 +305,6 @@ def _axes_of(cells: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]
     """Environments and variants, in their order."""
     envs, variants = zip(*cells, strict=True)
     return list(dict.fromkeys(envs)), list(dict.fromkeys(variants))
-
-
-def _pairs(n_envs: int, n_variants: int) -> tuple[Figure, Any]:
-    """Two panels for each environment, side by side, with a line for each variant."""
-    size = (11, 0.8 + (1.0 + 0.25 * n_variants) * n_envs)
-    return plt.subplots(n_envs, 2, figsize=size, layout="constrained", squeeze=False)
 
 
 def _panels(

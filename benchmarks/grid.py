@@ -1,6 +1,7 @@
 """What a comparison consists of: read from the command line or a YAML file, checked, and spelled out as jobs."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -144,6 +145,7 @@ class Grid(Model):
         )
 
 
+@functools.cache
 def _parameters(algorithm: str) -> set[str]:
     return set(inspect.signature(ALGORITHMS[algorithm]).parameters) - RESERVED
 

@@ -1,5 +1,6 @@
 """The report of a comparison: tables, warnings, figures and CSV files, all from its results."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ class Comparison:
                 name: own[name].median() for name in ("median_kl", "last_kl_coef", "mean_clip_fraction", "steps_per_second")
             }
             rows.append(row)
-        scores = self.scores()
+        scores = self.scores
         for variant in scores if len(self.envs) > 1 else ():
             row = {"env": ALL, "variant": variant, "n_seeds": min(map(len, scores[variant]))}
             row |= _spread("final_return", iqm_estimate(scores[variant]))
@@ -118,18 +119,21 @@ class Comparison:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def scores(self) -> dict[str, list[np.ndarray]]:
-        """
-        Normalised final returns of the variants that have run everywhere: 0 at random, 1 the best run.
-
-        Without environments in which no run is better than random actions.
-        """
+    @functools.cached_property
+    def best(self) -> dict[str, float]:
+        """The best run's final return, of the environments in which it is better than that of random actions."""
         best = {env: self.jobs["final_return"][self.jobs["env"] == env].max() for env in self.envs}
-        envs = [env for env in self.envs if best[env] > self.random[env]]
+        return {env: value for env, value in best.items() if value > self.random[env]}
+
+    @functools.cached_property
+    def scores(self) -> dict[str, list[np.ndarray]]:
+        """Normalised final returns of the variants that have run everywhere: 0 at random, 1 the best run."""
         return {
-            variant: [(self.finals[env, variant] - self.random[env]) / (best[env] - self.random[env]) for env in envs]
+            variant: [
+                (self.finals[env, variant] - self.random[env]) / (best - self.random[env]) for env, best in self.best.items()
+            ]
             for variant in self.variants
-            if envs and all((env, variant) in self.finals for env in envs)
+            if self.best and all((env, variant) in self.finals for env in self.best)
         }
 
     def alike(self) -> dict[str, list[str]]:
@@ -197,8 +201,8 @@ def _draw(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> list[s
     }
     if estimates:
         figures.improvement(estimates, comparison.baseline, styles, folder / "improvement.png")
-    if len(comparison.envs) > 1 and comparison.scores():
-        figures.profiles(comparison.scores(), styles, folder / "profiles.png")
+    if len(comparison.envs) > 1 and comparison.scores:
+        figures.profiles(comparison.scores, styles, folder / "profiles.png")
     figures.divergence(comparison.cells, styles, folder / "divergence.png")
     figures.efficiency(comparison.jobs, styles, folder / "efficiency.png")
     figures.all_seeds(comparison.cells, folder / "all_seeds.png")
@@ -285,17 +289,14 @@ def _warnings(comparison: Comparison, failed: Mapping[str, str]) -> list[str]:
     """What a reader should know before concluding anything."""
     texts = [f"{name} has failed: {error}" for name, error in failed.items()]
     counts = {len(own) for own in comparison.cells.values()}
-    missing = len(comparison.grid.jobs()) - sum(len(own) for own in comparison.cells.values())
+    n_jobs = len(comparison.grid.jobs())
+    missing = n_jobs - len(comparison.jobs)
     if missing:
-        texts.append(f"{missing} of {len(comparison.grid.jobs())} runs are missing.")
+        texts.append(f"{missing} of {n_jobs} runs are missing.")
     silent = comparison.jobs[comparison.jobs["final_return"].isna()]
     for (env, variant), own in silent.groupby(["env", "variant"], sort=False):
         texts.append(f"In {len(own)} runs of {variant} on {env} no episode has ended: they are left out.")
-    unscaled = [
-        env
-        for env in comparison.envs
-        if not comparison.jobs["final_return"][comparison.jobs["env"] == env].max() > comparison.random[env]
-    ]
+    unscaled = [env for env in comparison.envs if env not in comparison.best]
     if unscaled and len(comparison.envs) > 1:
         texts.append(
             f"No run is better than random actions on {', '.join(unscaled)}: left out of what is said of all environments."

@@ -16,10 +16,9 @@ import pandas as pd
 from benchmarks.job import Job
 from benchmarks.provenance import versions
 
-COLUMNS = {
-    "episodes": ["timesteps", "episode_return", "length"],
-    "updates": ["timesteps", "kl", "kl_coef", "clip_fraction"],
-}
+LOGGED = {"kl": "train/kl", "kl_coef": "train/kl_coef", "clip_fraction": "train/clip_fraction"}
+"""Keys of the logs that are kept of each update."""
+COLUMNS = {"episodes": ["timesteps", "episode_return", "length"], "updates": ["timesteps", *LOGGED]}
 """Of the tables of a result."""
 EPISODES = 100
 """Episodes that a return is averaged over, as in gymnasium's definition of a solved task."""
@@ -218,15 +217,13 @@ class Folder:
         write_whole(file, result.to_json())
         self._error_file(result.job).unlink(missing_ok=True)
 
-    def write_error(self, job: Job, error: str) -> Path:
+    def write_error(self, job: Job, error: str) -> None:
         """
         Keep the traceback of a job that has failed.
 
-        :return: the file
+        :raises OSError: if the disk is full, or the like
         """
-        file = self._error_file(job)
-        write_whole(file, error)
-        return file
+        write_whole(self._error_file(job), error)
 
     def forget_logs(self, job: Job) -> None:
         """Remove what an interrupted run of a job has left for TensorBoard."""

@@ -19,14 +19,12 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import sb3_ppo_variants
 from benchmarks.job import Job
 from benchmarks.provenance import machine
-from benchmarks.result import COLUMNS, Folder, Result
+from benchmarks.result import COLUMNS, LOGGED, Folder, Result
 from benchmarks.variants import ALGORITHMS
 from benchmarks.video import VideoCallback
 from sb3_ppo_variants import PPO, TimeLimitAsTermination, TrustRegionLoggingCallback
 from sb3_ppo_variants.arguments import parse_schedule
 
-UPDATE_COLUMNS = {"kl": "train/kl", "kl_coef": "train/kl_coef", "clip_fraction": "train/clip_fraction"}
-"""Keys of the logs that are kept of each update."""
 SEEDS_OF_A_RUN = 10_000
 """More than a run has environments."""
 MAX_UNTOLD = 1000
@@ -166,7 +164,7 @@ class RecordingCallback(BaseCallback):
     def _keep_update(self) -> None:
         """What the update before has logged; it hasn't been written yet."""
         logged = self.logger.name_to_value
-        values = [float(logged.get(key, np.nan)) for key in UPDATE_COLUMNS.values()]
+        values = [float(logged.get(key, np.nan)) for key in LOGGED.values()]
         # A2C tells none of these, at each of very many updates.
         enough_since = self.num_timesteps - self._kept >= self._timesteps / MAX_UNTOLD
         if "train/n_updates" in logged and (enough_since or not np.isnan(values).all()):

@@ -11,7 +11,8 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.engines import LeanPolicy
-from sb3_ppo_variants.rollout import shorten
+from sb3_ppo_variants.isolation import undisturbed
+from sb3_ppo_variants.rollout import flat_observations, observation_chunks, shorten
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.ppo import PPO
@@ -128,6 +129,27 @@ def _finish(self: "PPO", buffer: RolloutBuffer, last_values: th.Tensor, dones: n
         compute_returns_and_advantage(buffer, last_values, dones)
     else:
         buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+
+
+@th.no_grad()
+def renew_advantages(model: "PPO") -> None:
+    """
+    Replace the rollout's advantages by those of the critic as it is now; values and returns stay those of the old one.
+
+    :param model: whose rollout has just ended
+    """
+    buffer, policy = model.rollout_buffer, model.policy
+    with undisturbed(policy):
+        chunks = observation_chunks(buffer, flat_observations(buffer), buffer.buffer_size)
+        values = th.cat([policy.predict_values(chunk) for chunk in chunks])
+        last_values = policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
+    old_values, returns = buffer.values, buffer.returns
+    buffer.values = values.cpu().numpy().reshape(buffer.n_envs, buffer.buffer_size).swapaxes(0, 1)
+    buffer.advantages = np.zeros_like(buffer.values)
+    buffer.compute_returns_and_advantage(last_values, model._last_episode_starts)  # type: ignore[arg-type]
+    if buffer.generator_ready:
+        buffer.advantages = buffer.swap_and_flatten(buffer.advantages)
+    buffer.values, buffer.returns = old_values, returns
 
 
 def _add(

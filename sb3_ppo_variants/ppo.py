@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.arguments import (
+    check_bool,
     check_choice,
     check_coefficient,
     check_finite,
@@ -27,7 +28,7 @@ from sb3_ppo_variants.arguments import (
     parse_schedule,
 )
 from sb3_ppo_variants.callbacks import UpdateHooks
-from sb3_ppo_variants.collection import collect_rollouts
+from sb3_ppo_variants.collection import collect_rollouts, renew_advantages
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
 from sb3_ppo_variants.engines import ENGINES, Engine, EngineChoice
 from sb3_ppo_variants.kl import k3
@@ -42,7 +43,8 @@ from sb3_ppo_variants.update import UpdateStats
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
 T = TypeVar("T")
 NEW_ARGUMENTS = (
-    *("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "n_episodes", "engine"),
+    *("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "critic_first"),
+    *("n_episodes", "engine"),
 )
 """Arguments that SB3's PPO hasn't got, or takes fewer values for."""
 
@@ -69,6 +71,8 @@ class PPO(stable_baselines3.PPO):
     :param n_value_epochs: ``None`` for SB3's joint update; else the number of passes over the rollout in which the
         critic is trained, with an optimiser of its own, after the policy's ``n_epochs`` (OpenAI Spinning Up's scheme)
     :param value_learning_rate: learning rate in those passes, a number or a schedule; ``None`` for ``learning_rate``
+    :param critic_first: whether those passes come before the policy's, whose advantages are then those of the critic as it
+        is after them; what the rollout holds for the ends of truncated episodes stays the old critic's
     :param n_episodes: ``None`` for rollouts of ``n_steps`` steps; else a rollout ends as soon as that many episodes have
         ended, counted over all environments, and ``n_steps`` is the most it may have
     :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, with rollouts
@@ -122,6 +126,7 @@ class PPO(stable_baselines3.PPO):
         kl_target: float = 0.01,
         n_value_epochs: int | None = None,
         value_learning_rate: float | str | Schedule | None = None,
+        critic_first: bool = False,
         n_episodes: int | None = None,
         engine: str = "auto",
     ) -> None:
@@ -129,6 +134,7 @@ class PPO(stable_baselines3.PPO):
         self.kl_target = kl_target
         self.n_value_epochs = n_value_epochs
         self.value_learning_rate = value_learning_rate
+        self.critic_first = critic_first
         self.n_episodes = n_episodes
         self.engine = engine
         self.kl_coef_state = None
@@ -189,6 +195,8 @@ class PPO(stable_baselines3.PPO):
                 raise ValueError(
                     f"`value_learning_rate` must be None unless `n_value_epochs` is given, not {self.value_learning_rate!r}"
                 )
+        if check_bool("critic_first", self.critic_first) and self.n_value_epochs is None:
+            raise ValueError("`critic_first` must be False unless `n_value_epochs` is given, not True")
         if self.n_episodes is not None:
             check_positive_int("n_episodes", self.n_episodes)
         check_choice("engine", self.engine, ENGINES)
@@ -271,7 +279,7 @@ class PPO(stable_baselines3.PPO):
 
     def train(self) -> None:
         """
-        One update: ``n_epochs`` passes over the rollout, then the critic's own, then the adaptation of beta.
+        One update: ``n_epochs`` passes over the rollout, behind or before them the critic's own, then the adaptation of beta.
 
         What is computed stands in ``losses.py`` (loss), ``engines/`` (gradient) and ``kl_coef.py`` (beta).
         """
@@ -289,6 +297,7 @@ class PPO(stable_baselines3.PPO):
         hooked, hooked_between_epochs = map(self._update_hooks.ask, ("_on_minibatch", "_on_epoch_end"))
 
         try:
+            self._train_critic(engine, stats, before_policy=True)
             while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
                 for minibatch in engine.minibatches(self._minibatch_size):
                     stats.add_minibatch(minibatch, engine.forward(minibatch))
@@ -306,7 +315,7 @@ class PPO(stable_baselines3.PPO):
                     if hooked_between_epochs:
                         engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
                 self._n_updates += 1
-            self._train_critic(engine, stats)
+            self._train_critic(engine, stats, before_policy=False)
         finally:
             engine.publish()
 
@@ -330,20 +339,23 @@ class PPO(stable_baselines3.PPO):
             obstacle = engine.fetch()
         return engine if obstacle is None else self._engine_choice.engine_after(engine, obstacle, self)
 
-    def _train_critic(self, engine: Engine, stats: UpdateStats) -> None:
+    def _train_critic(self, engine: Engine, stats: UpdateStats, before_policy: bool) -> None:
         """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
+        if stats.critic_stopped or before_policy != self.critic_first:
+            return
         vf_coef, optimizer, n_passes = stats.coefs.vf_coef, self.policy.optimizer, self.n_epochs - stats.epochs_completed
         if vf_coef is None:
             assert self.value_optimizer is not None
             assert self.n_value_epochs is not None
             vf_coef, optimizer, n_passes = 1.0, self.value_optimizer, self.n_value_epochs
-        if stats.critic_stopped:
-            return
         for _ in range(n_passes):
             for minibatch in engine.minibatches(self._minibatch_size):
                 stats.add(engine.critic_forward(minibatch, vf_coef))
                 engine.backward()
                 engine.step(optimizer)
+        if before_policy:
+            engine.publish()
+            renew_advantages(self)
 
     def _within_target_kl(self, stats: UpdateStats) -> bool:
         """
@@ -522,7 +534,7 @@ class PPO(stable_baselines3.PPO):
         adapted beta is kept unless ``kl_coef`` is given and differs from the saved one.
         """
         if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
-            kwargs.setdefault("value_learning_rate", None)
+            kwargs = {"value_learning_rate": None, "critic_first": False, **kwargs}
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
 

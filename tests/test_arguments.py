@@ -42,6 +42,8 @@ class NoRolloutBuffer:
         ({"n_value_epochs": -3}, ValueError, "`n_value_epochs` must be an integer >= 1, not -3"),
         ({"n_value_epochs": 2.0}, TypeError, r"`n_value_epochs` must be an integer >= 1, not 2\.0 \(float\)"),
         ({"n_value_epochs": True}, TypeError, r"`n_value_epochs` must be an integer >= 1, not True \(bool\)"),
+        ({"critic_first": True}, ValueError, "`critic_first` must be False unless `n_value_epochs` is given, not True"),
+        ({"critic_first": 1, "n_value_epochs": 1}, TypeError, r"`critic_first` must be True or False, not 1 \(int\)"),
         ({"value_learning_rate": 1e-3}, ValueError, "`value_learning_rate` must be None unless `n_value_epochs` is given"),
         (
             {"value_learning_rate": -1e-3, "n_value_epochs": 1},

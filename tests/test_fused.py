@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unequal-networks": {"policy_kwargs": {"net_arch": {"pi": [16], "vf": [32, 8]}, "activation_fn": nn.ReLU}},
     "adam-options": {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 1e-2, "betas": (0.8, 0.99), "amsgrad": True}}},
     "critic-apart": {"n_value_epochs": 2, "value_learning_rate": 1e-2, "ent_coef": 0.01, "clip_range_vf": 0.2},
+    "critic-first": {"n_value_epochs": 2, "value_learning_rate": 1e-2, "critic_first": True},
     "critic-apart-early-stop": {"n_value_epochs": 4, "learning_rate": 3e-3, "target_kl": 0.02, "kl_coef": 1.0},
     "adam-maximizing": {"policy_kwargs": {"optimizer_kwargs": {"maximize": True}}},
 }

@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_ppo_variants import PPO, PPOKL, KLCoefController, UpdateCallback, UpdateStats
 from sb3_ppo_variants.critic import critic_parameters
@@ -287,6 +288,49 @@ def test_the_critics_own_passes_in_all_spaces(observation: str, action: str) -> 
 def test_the_critics_own_passes_lower_its_loss() -> None:
     losses = learn(make(n_value_epochs=40, batch_size=48, value_learning_rate=1e-2)).updates[0].series("value_loss")
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("observation", ["box", "dict"])
+def test_critic_first(engine: str, observation: str) -> None:
+    """Only the critic moves in the passes before the policy's, whose advantages are those of SB3's GAE with its new values."""
+    if engine == "fused" and observation == "dict":
+        pytest.skip("not for Dict observations")
+    model = make(PPO, observation, engine=engine, n_epochs=1, n_value_epochs=5, value_learning_rate=1e-2, critic_first=True)
+
+    class Recomputed(Watch):
+        def _on_update_start(self) -> None:
+            super()._on_update_start()
+            self.buffer = copy.deepcopy(model.rollout_buffer)
+
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            if stats.gradient_steps == 0:
+                self.check()
+            return True
+
+        def check(self) -> None:
+            own = {id(parameter) for parameter in critic_parameters(model.policy)}
+            for name, parameter in model.policy.named_parameters():
+                assert th.equal(parameter, self.old_policies[-1][name]) == (id(parameter) not in own)
+            buffer, flat = self.buffer, model.rollout_buffer
+            assert np.array_equal(flat.values, buffer.swap_and_flatten(buffer.values))
+            assert np.array_equal(flat.returns, buffer.swap_and_flatten(buffer.returns))
+            with th.no_grad():
+                for step in range(buffer.buffer_size):
+                    observations: Any = buffer.observations
+                    now = {k: v[step] for k, v in observations.items()} if observation == "dict" else observations[step]
+                    buffer.values[step] = model.policy.predict_values(obs_as_tensor(now, model.device)).numpy().flatten()
+                last = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
+            old = buffer.swap_and_flatten(buffer.advantages)
+            buffer.compute_returns_and_advantage(last, model._last_episode_starts)  # type: ignore[arg-type]
+            np.testing.assert_allclose(flat.advantages, buffer.swap_and_flatten(buffer.advantages), rtol=1e-4, atol=1e-6)
+            assert np.abs(flat.advantages - old).max() > 0.01
+            self.checked = True
+
+    watch = Recomputed()
+    model.learn(96, callback=watch)
+    assert watch.checked
+    assert len(watch.updates[0].series("value_loss")) == 5 * 3
 
 
 def test_the_critics_learning_rate_is_the_policys_unless_given() -> None:

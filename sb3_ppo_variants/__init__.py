@@ -11,6 +11,7 @@ from sb3_ppo_variants.kl_coef import KLCoefController
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
 from sb3_ppo_variants.update import UpdateStats
+from sb3_ppo_variants.vec_env import GymnasiumVecEnv
 from sb3_ppo_variants.version import __version__
 from sb3_ppo_variants.wrappers import TimeLimitAsTermination
 
@@ -18,6 +19,7 @@ __all__ = [
     "PPO",
     "PPOKL",
     "GradientNoiseScaleCallback",
+    "GymnasiumVecEnv",
     "KLCoefController",
     "KLEarlyStoppingCallback",
     "RewardsToGoRolloutBuffer",

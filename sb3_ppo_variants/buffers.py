@@ -6,6 +6,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from sb3_ppo_variants.rollout import KEPT
+
 
 class RewardsToGoRolloutBuffer(RolloutBuffer):
     """
@@ -38,7 +40,8 @@ class RewardsToGoRolloutBuffer(RolloutBuffer):
         self.gae_lambda = gae_lambda
         rewards_to_go = self.returns
         if self.standardize:
-            rewards_to_go = (rewards_to_go - rewards_to_go.mean()) / (rewards_to_go.std() + 1e-8)
+            kept = rewards_to_go[vars(self).get(KEPT, ...)]
+            rewards_to_go = (rewards_to_go - kept.mean()) / (kept.std() + 1e-8)
             self.advantages = rewards_to_go - self.values
         else:
             super().compute_returns_and_advantage(last_values, dones)

@@ -12,7 +12,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.engines import LeanPolicy
 from sb3_ppo_variants.isolation import undisturbed
-from sb3_ppo_variants.rollout import flat_observations, observation_chunks, shorten
+from sb3_ppo_variants.rollout import KEPT, drop_others, flat_observations, observation_chunks, recompute_advantages, shorten
+from sb3_ppo_variants.vec_env import resets_ahead
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.ppo import PPO
@@ -44,6 +45,8 @@ def collect_rollouts(
     callback.on_rollout_start()
     watched = not _is_nobody(callback)
     is_current = lean_policy is not None and lean_policy.is_current(self.policy)
+    resets = resets_ahead(env)
+    kept: list[np.ndarray] = []
 
     while n_steps < n_rollout_steps and (self.n_episodes is None or n_episodes < self.n_episodes):
         _renew_noise(self, env, n_steps)
@@ -53,9 +56,11 @@ def collect_rollouts(
         actions, values, log_probs, value_array, log_prob_array = _act(self, lean_policy if is_current else None, obs_tensor)
         clipped_actions: Any = _executable(self, actions)
 
+        kept.append(~resets)
+
         new_obs, rewards, dones, infos = env.step(clipped_actions)
 
-        self.num_timesteps += env.num_envs
+        self.num_timesteps += int(np.count_nonzero(kept[-1]))
         if watched:
             callback.update_locals(locals())
         if not callback.on_step():
@@ -84,7 +89,8 @@ def collect_rollouts(
 
     with th.no_grad():
         values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-    _finish(self, rollout_buffer, values, dones, lean_policy is not None and len(vars(rollout_buffer)) == n_attributes)
+    as_it_was = lean_policy is not None and len(vars(rollout_buffer)) == n_attributes
+    _finish(self, rollout_buffer, values, dones, as_it_was, np.array(kept))
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
@@ -121,14 +127,30 @@ def _executable(self: "PPO", actions: Any) -> Any:
     return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
 
 
-def _finish(self: "PPO", buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, as_it_was: bool) -> None:
-    """Returns and advantages; ``as_it_was``: nobody has put a method of its own into a known buffer."""
+def _finish(
+    self: "PPO",
+    buffer: RolloutBuffer,
+    last_values: th.Tensor,
+    dones: np.ndarray,
+    as_it_was: bool,
+    kept: np.ndarray,
+) -> None:
+    """
+    Returns and advantages of a rollout that has ended.
+
+    :param as_it_was: whether nobody has put a method of its own into a known buffer
+    :param kept: which transitions are to be kept, shape (n_steps, n_envs)
+    """
     if self.n_episodes is not None:
         shorten(buffer)
+    if not kept.all():
+        vars(buffer)[KEPT] = kept
     if as_it_was and type(buffer) is RolloutBuffer:
         compute_returns_and_advantage(buffer, last_values, dones)
     else:
         buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+    if not kept.all():
+        drop_others(buffer)
 
 
 @th.no_grad()
@@ -143,13 +165,7 @@ def renew_advantages(model: "PPO") -> None:
         chunks = observation_chunks(buffer, flat_observations(buffer), buffer.buffer_size)
         values = th.cat([policy.predict_values(chunk) for chunk in chunks])
         last_values = policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
-    old_values, returns = buffer.values, buffer.returns
-    buffer.values = values.cpu().numpy().reshape(buffer.n_envs, buffer.buffer_size).swapaxes(0, 1)
-    buffer.advantages = np.zeros_like(buffer.values)
-    buffer.compute_returns_and_advantage(last_values, model._last_episode_starts)  # type: ignore[arg-type]
-    if buffer.generator_ready:
-        buffer.advantages = buffer.swap_and_flatten(buffer.advantages)
-    buffer.values, buffer.returns = old_values, returns
+    recompute_advantages(buffer, values.cpu().numpy(), last_values, model._last_episode_starts)  # type: ignore[arg-type]
 
 
 def _add(

@@ -68,7 +68,7 @@ def _log_kl_per_epoch(model: "PPO", stats: UpdateStats) -> None:
 
     SB3's logger keeps one value a key from one dump to the next, so the points go to TensorBoard directly.
     """
-    rollout_size = model.rollout_buffer.buffer_size * model.n_envs
+    rollout_size = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
     for epoch, kl in enumerate(stats.kl_per_epoch()):
         step = model.num_timesteps + rollout_size * (epoch + 1) // model.n_epochs
         for writer in tensorboard_writers(model.logger):

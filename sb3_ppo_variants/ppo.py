@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import stable_baselines3
 import torch as th
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -39,6 +40,7 @@ from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.rollout import lengthen
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
+from sb3_ppo_variants.vec_env import GymnasiumVecEnv, resets_in_next_step
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
 T = TypeVar("T")
@@ -55,6 +57,8 @@ class PPO(stable_baselines3.PPO):
 
     With its defaults it is ``stable_baselines3.PPO``, to the last bit on CPU. ``clip_range`` and ``kl_coef`` choose the
     objective: clipped surrogate (eq. 7), KL penalty (eq. 8) with a fixed or an adaptive coefficient, both, or neither.
+
+    ``env`` may also be a ``gymnasium.vector.VectorEnv`` (:class:`GymnasiumVecEnv` tells how it is taken).
 
     All arguments of ``stable_baselines3.PPO`` stand in its order and mean the same; listed here are those that take
     more values, and, keyword-only, the new ones. Wherever a schedule is allowed, so is a string: ``"lin_0.2"`` falls
@@ -96,7 +100,7 @@ class PPO(stable_baselines3.PPO):
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
-        env: GymEnv | str,
+        env: GymEnv | VectorEnv[Any, Any, Any] | str,
         learning_rate: float | str | Schedule = 3e-4,
         n_steps: int = 2048,
         batch_size: int = 64,
@@ -146,7 +150,7 @@ class PPO(stable_baselines3.PPO):
         self._engine_choice = EngineChoice()
         super().__init__(
             policy,
-            env,
+            env,  # type: ignore[arg-type]  # `_wrap_env` takes it
             learning_rate=learning_rate,  # type: ignore[arg-type]  # parsed below
             n_steps=n_steps,
             batch_size=batch_size,
@@ -261,6 +265,14 @@ class PPO(stable_baselines3.PPO):
         if self._value_optimizer_policy is not None:  # else it is a subclass's own, if there is one
             self.value_optimizer, self._value_optimizer_policy = None, None
 
+    @staticmethod
+    def _wrap_env(env: GymEnv | VectorEnv[Any, Any, Any], verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        if isinstance(env, VectorEnv):
+            if verbose >= 1:
+                print("Wrapping the env in a GymnasiumVecEnv.")
+            env = GymnasiumVecEnv(env)
+        return stable_baselines3.PPO._wrap_env(env, verbose, monitor_wrapper)
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         # `learn` keeps the callback to itself, and containers don't hand on hooks that they don't know: callbacks with
         # hooks register when they are initialised.
@@ -273,7 +285,7 @@ class PPO(stable_baselines3.PPO):
         """SB3's, or its lean equivalent where the engine isn't ``"eager"`` and all it has to do is known."""
         lengthen(rollout_buffer)
         lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
-        if lean_policy is None and self.n_episodes is None:
+        if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy)
 
@@ -520,7 +532,7 @@ class PPO(stable_baselines3.PPO):
     def load(
         cls: type[SelfPPO],
         path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
+        env: GymEnv | VectorEnv[Any, Any, Any] | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -535,7 +547,8 @@ class PPO(stable_baselines3.PPO):
         """
         if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
             kwargs = {"value_learning_rate": None, "critic_first": False, **kwargs}
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        settings = (device, custom_objects, print_system_info, force_reset)
+        return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
 
 
 class PPOKL(PPO):
@@ -548,7 +561,7 @@ class PPOKL(PPO):
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
-        env: GymEnv | str,
+        env: GymEnv | VectorEnv[Any, Any, Any] | str,
         learning_rate: float | str | Schedule = 3e-4,
         n_steps: int = 2048,
         batch_size: int = 64,

@@ -1,5 +1,6 @@
 """Reading SB3's rollout buffers in the order in which they hand out minibatches."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -13,8 +14,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
-_FULL_SIZE = "full_size"
-"""Attribute of a shortened buffer."""
+_SHAPE = "shape_when_empty"
+"""Attribute of a buffer that has been cut to a part of itself: ``buffer_size`` and ``n_envs`` that it had before."""
+KEPT = "kept"
+"""Attribute of a buffer that doesn't keep all transitions of its rollout: which, shape (n_steps, n_envs)."""
 
 
 class Minibatch:
@@ -104,25 +107,63 @@ def shorten(buffer: RolloutBuffer) -> None:
 
     :param buffer: that may not be full; :func:`lengthen` gives it its size back
     """
-    steps = slice(buffer.pos)
+    _cut(buffer, lambda array: array[: buffer.pos], (buffer.pos, buffer.n_envs))
+
+
+def drop_others(buffer: RolloutBuffer) -> None:
+    """
+    Make a buffer one of the transitions that it is to keep, as if of a single environment, in the order of flat indices.
+
+    :param buffer: a full one, with advantages and returns, and :data:`KEPT`; :func:`lengthen` gives it its shape back
+    """
+    rows = np.flatnonzero(vars(buffer)[KEPT].swapaxes(0, 1))
+    _cut(buffer, lambda array: array.swapaxes(0, 1).reshape(-1, 1, *array.shape[2:])[rows], (len(rows), 1))
+
+
+def recompute_advantages(buffer: RolloutBuffer, values: np.ndarray, last_values: th.Tensor, dones: np.ndarray) -> None:
+    """
+    Replace a rollout's advantages by those of other values; old values and returns stay.
+
+    :param buffer: a full one, whether or not it has dropped transitions
+    :param values: of its states, in the order of flat indices, shape (n_samples,)
+    :param last_values: of the states behind the last step, shape (n_envs, 1)
+    :param dones: whether episodes have ended in the last step, shape (n_envs,)
+    """
+    kept = vars(buffer).get(KEPT, np.ones((buffer.buffer_size, buffer.n_envs), dtype=bool)).swapaxes(0, 1)
+    whole = copy.copy(buffer)
+    whole.n_envs, whole.buffer_size = kept.shape
+    rewards, episode_starts = map(buffer.swap_and_flatten, (buffer.rewards, buffer.episode_starts))
+    columns = {"values": values, "rewards": rewards, "episode_starts": episode_starts}
+    for name, column in columns.items():
+        # Dropped transitions lie behind an episode's end: as a start of another, nothing flows back from them.
+        array = np.full(kept.shape, float(name == "episode_starts"), dtype=np.float32)
+        array[kept] = column.flatten()
+        vars(whole)[name] = array.swapaxes(0, 1)
+    whole.advantages = np.zeros_like(whole.values)
+    whole.compute_returns_and_advantage(last_values, dones)
+    buffer.advantages = whole.advantages.swapaxes(0, 1)[kept].reshape(buffer.advantages.shape[::-1]).swapaxes(0, 1)
+
+
+def _cut(buffer: RolloutBuffer, cut: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int]) -> None:
     for name in ("actions", "rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
-        vars(buffer)[name] = vars(buffer)[name][steps]
+        vars(buffer)[name] = cut(vars(buffer)[name])
     if isinstance(buffer.observations, dict):
-        vars(buffer)["observations"] = {key: array[steps] for key, array in buffer.observations.items()}
+        vars(buffer)["observations"] = {key: cut(array) for key, array in buffer.observations.items()}
     else:
-        buffer.observations = buffer.observations[steps]
-    vars(buffer)[_FULL_SIZE] = buffer.buffer_size
-    buffer.buffer_size = buffer.pos
+        buffer.observations = cut(buffer.observations)
+    vars(buffer).setdefault(_SHAPE, (buffer.buffer_size, buffer.n_envs))
+    buffer.buffer_size, buffer.n_envs = shape
     buffer.full = True
 
 
 def lengthen(buffer: RolloutBuffer) -> None:
     """
-    Give a buffer the size back that it had before :func:`shorten`, if it was called.
+    Give a buffer the shape back that it had before :func:`shorten` and :func:`keep`, if they were called.
 
     :param buffer: about to be reset
     """
-    buffer.buffer_size = vars(buffer).pop(_FULL_SIZE, buffer.buffer_size)
+    buffer.buffer_size, buffer.n_envs = vars(buffer).pop(_SHAPE, (buffer.buffer_size, buffer.n_envs))
+    vars(buffer).pop(KEPT, None)
 
 
 def _gathered(samples: RolloutBufferSamples, indices: th.Tensor | None) -> Minibatch:

@@ -141,7 +141,7 @@ class Grid(Model):
             env_kwargs=task.env_kwargs,
             threshold=task.threshold,
             arguments={**known, **variant.arguments, **change.arguments},
-            callbacks=change.callbacks,
+            callbacks={**variant.callbacks, **change.callbacks},
         )
 
 

@@ -22,14 +22,16 @@ class Variant(NamedTuple):
 
     :param algorithm: key of :data:`ALGORITHMS`
     :param arguments: of the algorithm
+    :param callbacks: arguments of this package's callbacks, by their names
     """
 
     algorithm: str
     arguments: dict[str, Any]
+    callbacks: dict[str, dict[str, Any]]
 
 
 def _ppo(**arguments: Any) -> Variant:
-    return Variant("ppo", arguments)
+    return Variant("ppo", arguments, {})
 
 
 def _penalty(kl_coef: float | str, **arguments: Any) -> Variant:
@@ -51,7 +53,12 @@ VARIANTS: dict[str, Variant] = {
     "fixed_kl_10": _penalty(10.0),
     # Not in the table.
     "clip_adaptive_kl": _ppo(clip_range=0.2, kl_coef="auto", kl_target=0.01),
-    "sb3_ppo": Variant("sb3_ppo", {}),
+    "clip_higher": _ppo(clip_range=(0.2, 0.28)),
+    "dual_clip": _ppo(dual_clip=3.0),
+    "spo": _ppo(surrogate="spo"),
+    "truly": _penalty(5.0, kl_rollback=0.025),
+    "adaptive_lr": Variant("ppo", {}, {"KLAdaptiveLearningRateCallback": {"target": 0.01}}),
+    "sb3_ppo": Variant("sb3_ppo", {}, {}),
     # A2C's own defaults stand before what is set for all variants: its rollouts are short.
-    "a2c": Variant("a2c", {"learning_rate": 7e-4, "n_steps": 5, "gae_lambda": 1.0}),
+    "a2c": Variant("a2c", {"learning_rate": 7e-4, "n_steps": 5, "gae_lambda": 1.0}, {}),
 }

@@ -3,6 +3,7 @@
 from sb3_ppo_variants.buffers import RewardsToGoRolloutBuffer
 from sb3_ppo_variants.callbacks import (
     GradientNoiseScaleCallback,
+    KLAdaptiveLearningRateCallback,
     KLEarlyStoppingCallback,
     TrustRegionLoggingCallback,
     UpdateCallback,
@@ -20,6 +21,7 @@ __all__ = [
     "PPOKL",
     "GradientNoiseScaleCallback",
     "GymnasiumVecEnv",
+    "KLAdaptiveLearningRateCallback",
     "KLCoefController",
     "KLEarlyStoppingCallback",
     "RewardsToGoRolloutBuffer",

@@ -121,6 +121,28 @@ def check_coefficient(name: str, value: Any, check: Callable[[str, Any], float] 
     return value  # type: ignore[no-any-return]
 
 
+def is_pair(value: Any) -> bool:
+    """Whether ``value`` is a tuple, or what YAML and JSON make of one."""
+    return isinstance(value, (tuple, list))
+
+
+def parse_clip_range(value: Any) -> Any:
+    """
+    Read the argument ``clip_range`` as far as SB3 doesn't.
+
+    :param value: ``"lin_0.2"``, or a pair of numbers, such strings or schedules, below 1 and above; the rest is left as it is
+    :return: the schedule, or a tuple of numbers and schedules
+    :raises TypeError: if a part of a pair is neither a number nor a schedule
+    :raises ValueError: if a pair doesn't have two parts, or one of them is not allowed
+    """
+    if not is_pair(value):
+        return parse_schedule("clip_range", value)
+    if len(value) != 2:
+        raise ValueError(f"`clip_range` must be None, a number, a schedule or a pair of these, not {value!r}")
+    names = ("clip_range[0]", "clip_range[1]")
+    return tuple(check_coefficient(name, parse_schedule(name, part)) for name, part in zip(names, value, strict=True))
+
+
 def current_value(
     name: str, value: Any, progress_remaining: float, check: Callable[[str, Any], float] = check_non_negative
 ) -> Any:

@@ -57,7 +57,10 @@ def _record_sb3_keys(model: "PPO", stats: UpdateStats) -> None:
     record("train/n_updates", model._n_updates, exclude="tensorboard")
     if stats.coefs.clip_range is not None:
         record("train/clip_fraction", stats.mean("clip_fraction"))
-        record("train/clip_range", stats.coefs.clip_range)
+        low, high = stats.coefs.clip_range
+        record("train/clip_range", low)
+        if high != low:
+            record("train/clip_range_high", high)
     if stats.coefs.clip_range_vf is not None:
         record("train/clip_range_vf", stats.coefs.clip_range_vf)
 

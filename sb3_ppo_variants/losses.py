@@ -5,6 +5,7 @@ Equation numbers are those of Schulman et al. 2017, "Proximal Policy Optimizatio
 Every operation, and the order of the sums, is SB3's, so that the gradients are the same to the last bit.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -33,11 +34,15 @@ def mean_of_each(samples: th.Tensor) -> th.Tensor:
     return samples.mean(dim=-1)
 
 
+SURROGATES = ("clip", "spo")
+"""What may become of the bounds of the ratio."""
+
+
 class Coefficients(NamedTuple):
     """
     The coefficients in effect during one update.
 
-    :param clip_range: epsilon of the clipped surrogate, ``None`` for none
+    :param clip_range: how far the ratio may fall below 1 and rise above it, ``None`` for no bounds
     :param clip_range_vf: the same for the values, in units of the return, ``None`` for none
     :param normalize_advantage: whether advantages are normalised within the minibatch
     :param ent_coef: weight of the entropy bonus
@@ -45,9 +50,12 @@ class Coefficients(NamedTuple):
     :param kl_coef: beta, weight of the KL penalty
     :param hinge_coef: weight of the hinge on the mean KL
     :param hinge_kl: the mean KL from which on the hinge acts, in nats
+    :param surrogate: what becomes of the ratio's bounds: ``"clip"`` or ``"spo"``
+    :param dual_clip: the least multiple of a negative advantage that counts, ``None`` for no such bound
+    :param kl_rollback: the KL in nats from which on the penalty acts, ``None`` for 0
     """
 
-    clip_range: float | None
+    clip_range: tuple[float, float] | None
     clip_range_vf: float | None
     normalize_advantage: bool
     ent_coef: float
@@ -55,6 +63,9 @@ class Coefficients(NamedTuple):
     kl_coef: float
     hinge_coef: float
     hinge_kl: float
+    surrogate: str = "clip"
+    dual_clip: float | None = None
+    kl_rollback: float | None = None
 
     @property
     def critic_apart(self) -> bool:
@@ -142,28 +153,88 @@ def surrogate(ratio: th.Tensor, advantages: th.Tensor, mean: Mean = th.mean) -> 
     return mean(advantages * ratio)
 
 
-def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float, mean: Mean = th.mean) -> th.Tensor:
+def clipped_surrogate(
+    ratio: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: tuple[float, float],
+    dual_clip: float | None = None,
+    mean: Mean = th.mean,
+) -> th.Tensor:
     """
     The clipped surrogate objective of eq. 7, to be maximised: E[min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)].
+
+    With a larger epsilon above 1 than below it is "clip-higher" (DAPO, Yu et al. 2025, arXiv 2503.14476). With dual clip it
+    is, where A < 0, not less than c A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
+
+    :param ratio: r = pi_new(a|s) / pi_old(a|s), shape (b,)
+    :param advantages: A, shape (b,)
+    :param clip_range: epsilon below 1, and above
+    :param dual_clip: c, greater than 1, ``None`` for no such bound
+    :return: shape ()
+    """
+    low, high = clip_range
+    clipped = th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - low, 1 + high))
+    if dual_clip is not None:
+        clipped = th.max(clipped, th.where(advantages < 0, dual_clip * advantages, -math.inf))
+    return mean(clipped)
+
+
+def spo_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float, mean: Mean = th.mean) -> th.Tensor:
+    """
+    The objective of Simple Policy Optimization, to be maximised: E[r A - |A| / (2 epsilon) (r - 1)^2].
+
+    Its maximum for each sample is at the ratio where clipping would begin (Xie et al. 2024, arXiv 2401.16025).
 
     :param ratio: r = pi_new(a|s) / pi_old(a|s), shape (b,)
     :param advantages: A, shape (b,)
     :param clip_range: epsilon
     :return: shape ()
     """
-    return mean(th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range)))
+    return mean(advantages * ratio - advantages.abs() / (2 * clip_range) * (ratio - 1).pow(2))
 
 
-def kl_penalty(kl: th.Tensor, coefs: Coefficients, mean: Mean = th.mean) -> th.Tensor:
+def policy_objective(ratio: th.Tensor, advantages: th.Tensor, coefs: Coefficients, mean: Mean = th.mean) -> th.Tensor:
+    """
+    The surrogate objective that the coefficients choose, to be maximised.
+
+    :param ratio: r = pi_new(a|s) / pi_old(a|s), shape (b,)
+    :param advantages: A, shape (b,)
+    :param coefs: the coefficients in effect
+    :return: shape ()
+    """
+    if coefs.clip_range is None:
+        return surrogate(ratio, advantages, mean)
+    if coefs.surrogate == "spo":
+        return spo_surrogate(ratio, advantages, coefs.clip_range[0], mean)
+    return clipped_surrogate(ratio, advantages, coefs.clip_range, coefs.dual_clip, mean)
+
+
+def rolls_back(kl: th.Tensor, ratio: th.Tensor, advantages: th.Tensor, kl_rollback: float) -> th.Tensor:
+    """
+    Where Truly PPO pulls the policy back (Wang et al. 2019, arXiv 1903.07940): KL >= delta, and r A >= A.
+
+    There the policy has left the trust region, and the surrogate would lead it further away.
+
+    :param kl: shape (b,), in nats
+    :param ratio: r = pi_new(a|s) / pi_old(a|s), shape (b,)
+    :param advantages: A, shape (b,)
+    :param kl_rollback: delta, in nats
+    :return: shape (b,), of type bool
+    """
+    return (kl >= kl_rollback) & (ratio * advantages >= advantages)
+
+
+def kl_penalty(kl: th.Tensor, coefs: Coefficients, mean: Mean = th.mean, where: th.Tensor | None = None) -> th.Tensor:
     """
     The KL penalty of eq. 8, to be minimised: beta E[KL(old || new)], and the hinge of modular_rl and TF-Agents.
 
     :param kl: shape (b,), in nats
     :param coefs: beta, the hinge's weight and threshold
+    :param where: the samples that beta acts on, shape (b,), ``None`` for all
     :return: shape ()
     """
     mean_kl = mean(kl)
-    penalty = coefs.kl_coef * mean_kl
+    penalty = coefs.kl_coef * (mean_kl if where is None else mean(kl * where))
     if coefs.hinge_coef > 0:
         penalty = penalty + coefs.hinge_coef * F.relu(mean_kl - coefs.hinge_kl).pow(2)
     return penalty
@@ -213,10 +284,7 @@ def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients, mean: Mean 
     log_ratio = new.log_prob - samples.old_log_prob
     ratio = th.exp(log_ratio)
 
-    if coefs.clip_range is None:
-        policy_loss = -surrogate(ratio, advantages, mean)
-    else:
-        policy_loss = -clipped_surrogate(ratio, advantages, coefs.clip_range, mean)
+    policy_loss = -policy_objective(ratio, advantages, coefs, mean)
     negative_entropy = entropy_loss(new.entropy, new.log_prob, mean)
     loss = policy_loss + coefs.ent_coef * negative_entropy
     metrics = {"policy_loss": policy_loss, "entropy_loss": negative_entropy, "approx_kl": mean(k3(log_ratio.detach()))}
@@ -227,10 +295,14 @@ def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients, mean: Mean 
         loss = loss + coefs.vf_coef * metrics["value_loss"]
     if coefs.penalizes_kl:
         assert new.kl is not None
-        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs, mean)
+        where = None
+        if coefs.kl_rollback is not None:
+            where = rolls_back(new.kl.detach(), ratio.detach(), advantages, coefs.kl_rollback)
+        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs, mean, where)
         loss = loss + metrics["kl_penalty_loss"]
     if coefs.clip_range is not None:
-        metrics["clip_fraction"] = mean((th.abs(ratio - 1) > coefs.clip_range).float())
+        low, high = coefs.clip_range
+        metrics["clip_fraction"] = mean(((1 - ratio > low) | (ratio - 1 > high)).float())
 
     metrics["loss"] = loss
     return loss, {name: metric.detach() for name, metric in metrics.items()}

@@ -3,9 +3,9 @@
 import io
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import stable_baselines3
 import torch as th
@@ -25,7 +25,10 @@ from sb3_ppo_variants.arguments import (
     check_finite,
     check_positive,
     check_positive_int,
+    check_real,
     current_value,
+    is_pair,
+    parse_clip_range,
     parse_schedule,
 )
 from sb3_ppo_variants.callbacks import UpdateHooks
@@ -35,7 +38,7 @@ from sb3_ppo_variants.engines import ENGINES, Engine, EngineChoice
 from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
-from sb3_ppo_variants.losses import Coefficients
+from sb3_ppo_variants.losses import SURROGATES, Coefficients
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.rollout import lengthen
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
@@ -44,9 +47,10 @@ from sb3_ppo_variants.vec_env import GymnasiumVecEnv, resets_in_next_step
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
 T = TypeVar("T")
+ClipRange: TypeAlias = "float | str | Schedule | Sequence[float | str | Schedule] | None"
 NEW_ARGUMENTS = (
     *("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "critic_first"),
-    *("n_episodes", "engine"),
+    *("n_episodes", "surrogate", "dual_clip", "kl_rollback", "engine"),
 )
 """Arguments that SB3's PPO hasn't got, or takes fewer values for."""
 
@@ -64,7 +68,8 @@ class PPO(stable_baselines3.PPO):
     more values, and, keyword-only, the new ones. Wherever a schedule is allowed, so is a string: ``"lin_0.2"`` falls
     linearly from 0.2 to 0.
 
-    :param clip_range: epsilon of the clipped surrogate, a number or a schedule; ``None`` for no clipping
+    :param clip_range: epsilon of the clipped surrogate, a number or a schedule; a pair of these for the ratio's range below 1
+        and above (DAPO's "clip-higher"); ``None`` for no clipping
     :param ent_coef: weight of the entropy bonus, a number or a schedule
     :param vf_coef: weight of the value loss, a number or a schedule; without effect if ``n_value_epochs`` is given
     :param kl_coef: beta, weight of the KL penalty: a number or a schedule for a fixed penalty (0 for none); ``"auto"``
@@ -79,6 +84,12 @@ class PPO(stable_baselines3.PPO):
         is after them; what the rollout holds for the ends of truncated episodes stays the old critic's
     :param n_episodes: ``None`` for rollouts of ``n_steps`` steps; else a rollout ends as soon as that many episodes have
         ended, counted over all environments, and ``n_steps`` is the most it may have
+    :param surrogate: ``"clip"``; or ``"spo"`` for a quadratic penalty on the ratio in place of clipping, which leaves the
+        optimum where clipping would begin (Simple Policy Optimization, arXiv 2401.16025)
+    :param dual_clip: the multiple of a negative advantage that the clipped surrogate doesn't fall below, a number > 1 (Ye et
+        al. 2020, arXiv 1912.09729); ``None`` for no such bound
+    :param kl_rollback: the KL in nats from which on the KL penalty acts on a sample, and then only if the surrogate would lead
+        the policy further away (Truly PPO, arXiv 1903.07940); ``None`` for a penalty on all samples
     :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, with rollouts
         free of distribution objects, for SB3's MLP policies on the CPU with Adam (checked at each update); ``"auto"``: fused
         where that is possible and the bits are seen to agree, else eager, with the reason printed at ``verbose=1``
@@ -90,7 +101,7 @@ class PPO(stable_baselines3.PPO):
         **stable_baselines3.PPO.policy_aliases,
         "ZeroHeadsMlpPolicy": ZeroHeadsPolicy,
     }
-    clip_range: FloatSchedule | None  # type: ignore[assignment]
+    clip_range: FloatSchedule | tuple[float | Schedule, float | Schedule] | None  # type: ignore[assignment]
     _kl_coef: FloatSchedule | KLCoefController
     kl_coef_state: KLCoefState | None
     """Beta in the next update, under an adaptive penalty; else ``None``."""
@@ -107,7 +118,7 @@ class PPO(stable_baselines3.PPO):
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | str | Schedule | None = 0.2,
+        clip_range: ClipRange = 0.2,
         clip_range_vf: float | str | Schedule | None = None,
         normalize_advantage: bool = True,
         ent_coef: float | str | Schedule = 0.0,
@@ -132,6 +143,9 @@ class PPO(stable_baselines3.PPO):
         value_learning_rate: float | str | Schedule | None = None,
         critic_first: bool = False,
         n_episodes: int | None = None,
+        surrogate: str = "clip",
+        dual_clip: float | None = None,
+        kl_rollback: float | None = None,
         engine: str = "auto",
     ) -> None:
         self.kl_coef = kl_coef
@@ -140,6 +154,9 @@ class PPO(stable_baselines3.PPO):
         self.value_learning_rate = value_learning_rate
         self.critic_first = critic_first
         self.n_episodes = n_episodes
+        self.surrogate = surrogate
+        self.dual_clip = dual_clip
+        self.kl_rollback = kl_rollback
         self.engine = engine
         self.kl_coef_state = None
         self.value_optimizer = None
@@ -182,7 +199,9 @@ class PPO(stable_baselines3.PPO):
 
     def _read_arguments(self) -> None:
         """Parse strings and check what is new; again after ``load``, which sets attributes without asking."""
-        for name in ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "value_learning_rate"):
+        if "clip_range" in vars(self):
+            self.clip_range = parse_clip_range(self.clip_range)
+        for name in ("learning_rate", "clip_range_vf", "ent_coef", "vf_coef", "value_learning_rate"):
             value = vars(self).get(name)  # a subclass may have made a property of it
             if isinstance(value, str):
                 setattr(self, name, parse_schedule(name, value))
@@ -191,6 +210,15 @@ class PPO(stable_baselines3.PPO):
             if callable(value) or isinstance(value, str) or (value is None and name in vars(self)):
                 check_coefficient(name, value, check_finite)
         check_positive("kl_target", self.kl_target)
+        if self.n_episodes is not None:
+            check_positive_int("n_episodes", self.n_episodes)
+        check_choice("engine", self.engine, ENGINES)
+        self._check_critics_passes()
+        self._read_kl_coef()
+        self._check_objective()
+        self._arguments_read = self._new_arguments()
+
+    def _check_critics_passes(self) -> None:
         if self.n_value_epochs is not None:
             check_positive_int("n_value_epochs", self.n_value_epochs)
         if self.value_learning_rate is not None:
@@ -201,11 +229,25 @@ class PPO(stable_baselines3.PPO):
                 )
         if check_bool("critic_first", self.critic_first) and self.n_value_epochs is None:
             raise ValueError("`critic_first` must be False unless `n_value_epochs` is given, not True")
-        if self.n_episodes is not None:
-            check_positive_int("n_episodes", self.n_episodes)
-        check_choice("engine", self.engine, ENGINES)
-        self._read_kl_coef()
-        self._arguments_read = self._new_arguments()
+
+    def _check_objective(self) -> None:
+        """Check what is new of the surrogate objective and of the penalty, and that all of it has an effect."""
+        clip_range = vars(self).get("clip_range")
+        if check_choice("surrogate", self.surrogate, SURROGATES) == "spo":
+            if clip_range is None or is_pair(clip_range):
+                raise ValueError(f"`clip_range` must be a number > 0 or a schedule for `surrogate='spo'`, not {clip_range!r}")
+            check_coefficient("clip_range", clip_range, check_positive)
+        if self.dual_clip is not None:
+            check_real("dual_clip", self.dual_clip, "None or a number > 1", lambda number: number > 1)
+            if clip_range is None or self.surrogate != "clip":
+                raise ValueError(f"`dual_clip` must be None unless the surrogate is clipped, not {self.dual_clip!r}")
+        if self.kl_rollback is not None:
+            check_positive("kl_rollback", self.kl_rollback)
+            if not self._may_penalize_kl():
+                raise ValueError(f"`kl_rollback` must be None unless `kl_coef` is given, not {self.kl_rollback!r}")
+
+    def _may_penalize_kl(self) -> bool:
+        return isinstance(self._kl_coef, KLCoefController) or callable(self.kl_coef) or bool(self.kl_coef)
 
     def _read_kl_coef(self) -> None:
         """Parse ``kl_coef``; a beta that has been adapted is kept unless it belongs to another rule."""
@@ -220,13 +262,14 @@ class PPO(stable_baselines3.PPO):
 
     def _setup_model(self) -> None:
         self._read_arguments()
-        unclipped = self.clip_range is None
-        if unclipped:
-            self.clip_range = 0.0  # type: ignore[assignment]  # SB3 turns it into a schedule, which None can't be
+        clip_range = self.clip_range
+        ours = clip_range is None or is_pair(clip_range)
+        if ours:
+            self.clip_range = 0.0  # type: ignore[assignment]  # SB3 turns it into a schedule
         super()._setup_model()
-        if unclipped:
-            self.clip_range = None
-        if isinstance(self._kl_coef, KLCoefController) or callable(self.kl_coef) or self.kl_coef:
+        if ours:
+            self.clip_range = clip_range
+        if self._may_penalize_kl():
             check_exact_kl(self.policy, self.rollout_buffer)
         if self.n_value_epochs is None:
             self._drop_value_optimizer()
@@ -420,7 +463,7 @@ class PPO(stable_baselines3.PPO):
         else:
             kl_coef = current_value("kl_coef", self._kl_coef, progress_remaining)
         return Coefficients(
-            clip_range=None if self.clip_range is None else self.clip_range(progress_remaining),
+            clip_range=self._current_clip_range(),
             clip_range_vf=None if self.clip_range_vf is None else self.clip_range_vf(progress_remaining),  # type: ignore[operator]
             normalize_advantage=self.normalize_advantage,
             ent_coef=current_value("ent_coef", self.ent_coef, progress_remaining, check_finite),
@@ -430,7 +473,20 @@ class PPO(stable_baselines3.PPO):
             kl_coef=kl_coef,
             hinge_coef=hinge_coef,
             hinge_kl=hinge_kl,
+            surrogate=self.surrogate,
+            dual_clip=self.dual_clip,
+            kl_rollback=self.kl_rollback,
         )
+
+    def _current_clip_range(self) -> tuple[float, float] | None:
+        progress_remaining = self._current_progress_remaining
+        if self.clip_range is None:
+            return None
+        if isinstance(self.clip_range, (tuple, list)):
+            low, high = self.clip_range
+            names = ("clip_range[0]", "clip_range[1]")
+            return current_value(names[0], low, progress_remaining), current_value(names[1], high, progress_remaining)
+        return (self.clip_range(progress_remaining),) * 2
 
     def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:
         if coefs.penalizes_kl:
@@ -568,7 +624,7 @@ class PPOKL(PPO):
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        clip_range: float | str | Schedule | None = None,
+        clip_range: ClipRange = None,
         *args: Any,
         kl_coef: KLCoef = "auto",
         **kwargs: Any,

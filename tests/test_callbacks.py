@@ -1,6 +1,7 @@
 """Hooks inside the update: when they are called, what they see, what they stop; and the callbacks built on them."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sb3_ppo_variants import (
     PPO,
     PPOKL,
     GradientNoiseScaleCallback,
+    KLAdaptiveLearningRateCallback,
     KLEarlyStoppingCallback,
     TrustRegionLoggingCallback,
     UpdateCallback,
@@ -457,6 +459,65 @@ def test_early_stopping_leaves_the_critics_own_passes_alone(stop: str) -> None:
     make(n_value_epochs=4).learn(ROLLOUT, callback=[KLEarlyStoppingCallback(1e-9, stop=stop), watch])
     assert watch.updates[0].epochs_completed == 0
     assert len(watch.updates[0].series("value_loss")) == 4 * 3
+
+
+def test_kl_adaptive_learning_rate_by_hand() -> None:
+    """Of KLs 0, 0.004, 0.004, 0.03, 0.015, and so on, with target 0.01: outside 0.005 to 0.02, a factor of 1.5."""
+    callback = KLAdaptiveLearningRateCallback(0.01, minimum=1e-4, maximum=2e-3)
+    rates, rate = [], 1e-3
+    for kl in (0.0, 0.004, 0.004, 0.03, 0.015, 0.005, 0.02, math.nan, 1.0, *[9.0] * 9):
+        rate = callback._next(rate, kl)
+        rates.append(rate)
+    up, down = 1.5e-3, 2e-3 / 1.5
+    assert rates[:9] == pytest.approx([1e-3, up, 2e-3, down, down, down, down, down, down / 1.5])
+    assert rates[-1] == 1e-4
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_kl_adaptive_learning_rate(engine: str, tmp_path: Path) -> None:
+    """Each step is taken, each update logged, and a loaded model goes on, with the rate that the minibatches' KLs lead to."""
+    model, callback = make(learning_rate=1e-3, engine=engine), KLAdaptiveLearningRateCallback(1e-3)
+    taken: list[float] = []
+    expected: list[float] = []
+
+    class Look(Watch):
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            assert stats.kl is not None
+            expected.append(callback._next(expected[-1] if expected else 1e-3, stats.kl.mean().item()))
+            taken.append(model.policy.optimizer.param_groups[0]["lr"])
+            return True
+
+        def _on_update_end(self, stats: UpdateStats) -> None:
+            self.logged.append(dict(model.logger.name_to_value))
+
+    look = Look()
+    model.learn(2 * ROLLOUT, callback=[callback, look])
+    assert taken == expected
+    assert len(set(taken)) > 3
+    assert [logged["train/learning_rate"] for logged in look.logged] == [taken[len(taken) // 2 - 1], taken[-1]]
+    model.save(tmp_path / "model")
+    assert PPO.load(tmp_path / "model").learning_rate == taken[-1]
+
+
+def test_a_learning_rate_that_waits_for_a_kl_out_of_reach_stays_at_its_bound() -> None:
+    for target, bound in ((1e-9, 1e-5), (1e3, 1e-2)):
+        model = make()
+        model.learn(ROLLOUT * 2, callback=KLAdaptiveLearningRateCallback(target))
+        assert model.learning_rate == bound
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0.0}, r"`target` must be a finite number > 0, not 0\.0"),
+        ({"factor": 1.0}, r"`factor` must be a number > 1, not 1\.0"),
+        ({"band": 0.5}, r"`band` must be a number > 1, not 0\.5"),
+        ({"minimum": 1.0, "maximum": 0.1}, r"`minimum` must not be greater than `maximum`, not 1\.0 > 0\.1"),
+    ],
+)
+def test_bad_arguments_of_the_learning_rate(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KLAdaptiveLearningRateCallback(**arguments)
 
 
 class BatchNormExtractor(FlattenExtractor):

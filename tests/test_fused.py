@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_ppo_variants import PPO, KLEarlyStoppingCallback, UpdateCallback, UpdateStats
 from sb3_ppo_variants.engines import FusedEngine
-from sb3_ppo_variants.losses import clipped_surrogate, normalize, normalize_each
+from sb3_ppo_variants.losses import Coefficients, normalize, normalize_each, policy_objective
 from tests.environments import RandomEnv
 from tests.test_parity import assert_same_tensors
 from tests.test_ppo import Watch, make
@@ -43,6 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "critic-apart": {"n_value_epochs": 2, "value_learning_rate": 1e-2, "ent_coef": 0.01, "clip_range_vf": 0.2},
     "critic-first": {"n_value_epochs": 2, "value_learning_rate": 1e-2, "critic_first": True},
     "critic-apart-early-stop": {"n_value_epochs": 4, "learning_rate": 3e-3, "target_kl": 0.02, "kl_coef": 1.0},
+    "clip-higher": {"clip_range": (0.1, 0.28), "learning_rate": 3e-3},
+    "scheduled-pair": {"clip_range": ["lin_0.2", 0.3], "learning_rate": 3e-3},
+    "dual-clip": {"dual_clip": 1.01, "learning_rate": 1e-2},
+    "spo": {"surrogate": "spo", "learning_rate": 3e-3},
+    "rollback": {"clip_range": None, "kl_coef": 5.0, "kl_rollback": 1e-3, "learning_rate": 3e-3},
+    "rollback-and-hinge": {"kl_coef": {"hinge_coef": 100.0, "hinge_threshold": 0.01}, "kl_rollback": 1e-3},
     "adam-maximizing": {"policy_kwargs": {"optimizer_kwargs": {"maximize": True}}},
 }
 
@@ -250,14 +256,18 @@ def near(value: float) -> st.SearchStrategy[float]:
 )
 @example(ratio=[float(np.float32(1.2) + np.spacing(np.float32(1.2)))] * 6, advantages=[1.0, 1.1, 1.3, 1.5, 1.7, 1.9])
 @example(ratio=[float(np.float32(0.8) - np.spacing(np.float32(0.8)))] * 6, advantages=[-1.0, -1.1, -1.3, -1.5, -1.7, -1.9])
-def test_the_clipped_surrogates_gradient_is_autograds_at_the_edges(ratio: list[float], advantages: list[float]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"dual_clip": 1.2}, {"surrogate": "spo"}])
+def test_the_surrogates_gradient_is_autograds_at_the_edges(
+    changes: dict[str, Any], ratio: list[float], advantages: list[float]
+) -> None:
     """Just outside the clip range, both sides of the minimum may round to the same number: each then gets a half."""
     r, a = th.tensor(ratio, requires_grad=True), th.tensor(advantages)
-    (-clipped_surrogate(r, a, 0.2)).backward()
+    coefs = Coefficients((0.2, 0.2), None, False, 0.0, None, 0.0, 0.0, 0.0, **changes)
+    (-policy_objective(r, a, coefs)).backward()
     engine: Any = SimpleNamespace(
         _ratio=r.detach().numpy(),
         _ratio_range=(np.float32(0.8), np.float32(1.2)),
-        _coefs=SimpleNamespace(clip_range=0.2),
+        _coefs=coefs,
         _columns=SimpleNamespace(advantages=a.numpy()),
     )
     assert r.grad is not None

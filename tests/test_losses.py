@@ -25,6 +25,8 @@ from sb3_ppo_variants.losses import (
     mean_of_each,
     normalize,
     ppo_loss,
+    rolls_back,
+    spo_surrogate,
     surrogate,
     value_loss,
 )
@@ -72,7 +74,64 @@ def test_surrogate_by_hand() -> None:
 def test_clipped_surrogate_by_hand() -> None:
     # A > 0 and r beyond 1.2 is cut to 1.2; A < 0 and r = 1.5 is not; A < 0 and r = 0.5 is cut to 0.8; 1.1 is inside:
     # (1.2 - 1.5 - 0.8 + 2.2) / 4
-    assert clipped_surrogate(RATIO, SAMPLES.advantages, 0.2).item() == pytest.approx(1.1 / 4, abs=1e-15)
+    assert clipped_surrogate(RATIO, SAMPLES.advantages, (0.2, 0.2)).item() == pytest.approx(1.1 / 4, abs=1e-15)
+
+
+def test_clip_higher_by_hand() -> None:
+    # A > 0 and r beyond 1.4 is cut to 1.4; A < 0 and r = 0.5 is cut to 0.9: (1.4 - 1.5 - 0.9 + 2.2) / 4
+    assert clipped_surrogate(RATIO, SAMPLES.advantages, (0.1, 0.4)).item() == pytest.approx(1.2 / 4, abs=1e-15)
+
+
+def test_dual_clip_by_hand() -> None:
+    # as clipped above, but of the two with A = -1, min(r A, ...) = -1.5 and -0.8, the first is raised to c A = -1.25:
+    # (1.2 - 1.25 - 0.8 + 2.2) / 4
+    clipped = clipped_surrogate(RATIO, SAMPLES.advantages, (0.2, 0.2), dual_clip=1.25)
+    assert clipped.item() == pytest.approx(1.35 / 4, abs=1e-15)
+
+
+def test_spo_by_hand() -> None:
+    # r A - |A| (r - 1)^2 / 0.4, with (r - 1)^2 = 0.25, 0.25, 0.25, 0.01:
+    # (1.5 - 0.625) + (-1.5 - 0.625) + (-0.5 - 0.625) + (2.2 - 0.05)
+    assert spo_surrogate(RATIO, SAMPLES.advantages, 0.2).item() == pytest.approx((0.875 - 2.125 - 1.125 + 2.15) / 4, abs=1e-15)
+    # Its maximum is where clipping begins, at 1 + epsilon where A > 0 and at 1 - epsilon where A < 0.
+    edge = tensor(1.2, 0.8, 0.8, 1.2).requires_grad_()
+    spo_surrogate(edge, SAMPLES.advantages, 0.2).backward()
+    assert edge.grad is not None
+    assert edge.grad.tolist() == pytest.approx([0] * 4, abs=1e-15)
+
+
+def test_rollback_by_hand() -> None:
+    """The penalty acts where KL >= 0.02 and r A >= A: not on the first (KL), not on the second (r A = -1.5 < A = -1)."""
+    assert NEW.kl is not None
+    where = rolls_back(NEW.kl, RATIO, SAMPLES.advantages, 0.02)
+    assert where.tolist() == [False, False, True, True]
+    coefs = NEITHER._replace(kl_coef=5.0, kl_rollback=0.02)
+    assert kl_penalty(NEW.kl, coefs, where=where).item() == pytest.approx(5 * (0.03 + 0.06) / 4, abs=1e-15)
+    loss, metrics = ppo_loss(NEW, SAMPLES, coefs)
+    assert metrics["kl_penalty_loss"].item() == pytest.approx(0.1125, abs=1e-15)
+    assert loss.item() == pytest.approx(-1.7 / 4 + 0.1125, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"clip_range": (0.1, 0.4)}, 1.2),
+        ({"clip_range": (0.2, 0.2), "dual_clip": 1.25}, 1.35),
+        ({"clip_range": (0.2, 0.2), "surrogate": "spo"}, -0.225),
+        ({"clip_range": None}, 1.7),
+    ],
+)
+def test_the_coefficients_choose_the_objective(changes: dict[str, Any], expected: float) -> None:
+    """Values as above, four times the mean."""
+    metrics = ppo_loss(NEW, SAMPLES, NEITHER._replace(**changes))[1]
+    assert metrics["policy_loss"].item() == pytest.approx(-expected / 4, abs=1e-15)
+
+
+def test_clip_fraction_of_a_pair_by_hand() -> None:
+    # beyond (0.6, 1.3): 1.5, 1.5 and 0.5
+    metrics = ppo_loss(NEW, SAMPLES, NEITHER._replace(clip_range=(0.4, 0.3)))[1]
+    assert metrics["clip_fraction"].item() == 0.75
+    assert ppo_loss(NEW, SAMPLES, NEITHER._replace(clip_range=(0.6, 0.3)))[1]["clip_fraction"].item() == 0.5
 
 
 def test_kl_penalty_by_hand() -> None:
@@ -102,7 +161,7 @@ def test_normalize_by_hand() -> None:
 
 
 def test_the_whole_loss_by_hand() -> None:
-    coefs = NEITHER._replace(clip_range=0.2, ent_coef=0.1, vf_coef=0.5, kl_coef=3.0)
+    coefs = NEITHER._replace(clip_range=(0.2, 0.2), ent_coef=0.1, vf_coef=0.5, kl_coef=3.0)
     loss, metrics = ppo_loss(NEW, SAMPLES, coefs)
     # -0.275 - 0.1 * 2.5 + 0.5 * 1.5 + 3 * 0.03
     assert loss.item() == pytest.approx(0.315, abs=1e-15)
@@ -127,7 +186,7 @@ def test_without_a_critic_there_is_no_value_loss() -> None:
 
 def test_metrics_are_detached() -> None:
     new = NEW._replace(log_prob=NEW.log_prob.clone().requires_grad_())
-    loss, metrics = ppo_loss(new, SAMPLES, NEITHER._replace(clip_range=0.2))
+    loss, metrics = ppo_loss(new, SAMPLES, NEITHER._replace(clip_range=(0.2, 0.2)))
     assert loss.requires_grad
     assert not any(metric.requires_grad for metric in metrics.values())
 
@@ -146,25 +205,27 @@ def loss_of(new: Evaluation, rollout: Samples, **coefs: Any) -> float:
 
 @given(evaluations, samples)
 def test_an_infinite_clip_range_is_none(new: Evaluation, rollout: Samples) -> None:
-    assert loss_of(new, rollout, clip_range=math.inf) == loss_of(new, rollout, clip_range=None)
-    assert loss_of(new, rollout, clip_range=1e6) == loss_of(new, rollout, clip_range=None)
+    assert loss_of(new, rollout, clip_range=(math.inf, math.inf)) == loss_of(new, rollout, clip_range=None)
+    assert loss_of(new, rollout, clip_range=(1e6, 1e6)) == loss_of(new, rollout, clip_range=None)
 
 
 @given(evaluations, samples, st.floats(0.01, 1))
 def test_a_zero_beta_is_no_penalty(new: Evaluation, rollout: Samples, clip_range: float) -> None:
     unpenalized = new._replace(kl=None)
-    assert loss_of(new, rollout, clip_range=clip_range) == loss_of(unpenalized, rollout, clip_range=clip_range)
+    assert loss_of(new, rollout, clip_range=(clip_range, clip_range)) == loss_of(
+        unpenalized, rollout, clip_range=(clip_range, clip_range)
+    )
 
 
 @given(evaluations, samples, st.floats(0.01, 1))
 def test_clipping_never_raises_the_objective(new: Evaluation, rollout: Samples, clip_range: float) -> None:
     """Eq. 7 is a pessimistic bound of eq. 6."""
-    assert loss_of(new, rollout, clip_range=clip_range) >= loss_of(new, rollout, clip_range=None) - 1e-12
+    assert loss_of(new, rollout, clip_range=(clip_range, clip_range)) >= loss_of(new, rollout, clip_range=None) - 1e-12
 
 
 @given(evaluations, samples, st.permutations(range(6)))
 def test_order_of_samples_does_not_matter(new: Evaluation, rollout: Samples, order: list[int]) -> None:
-    coefs = {"clip_range": 0.2, "ent_coef": 0.1, "vf_coef": 0.5, "kl_coef": 3.0, "normalize_advantage": True}
+    coefs = {"clip_range": (0.2, 0.2), "ent_coef": 0.1, "vf_coef": 0.5, "kl_coef": 3.0, "normalize_advantage": True}
     shuffled = loss_of(Evaluation(*(t[order] for t in new)), Samples(*(t[order] for t in rollout)), **coefs)
     assert shuffled == pytest.approx(loss_of(new, rollout, **coefs), rel=1e-9, abs=1e-9)
 
@@ -175,12 +236,15 @@ def test_more_beta_never_lowers_the_loss(new: Evaluation, rollout: Samples, beta
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "clip": {"clip_range": 0.2},
+    "clip": {"clip_range": (0.2, 0.2)},
     "neither": {},
     "fixed-kl": {"kl_coef": 3.0},
-    "clip-and-kl": {"clip_range": 0.2, "kl_coef": 0.7},
+    "clip-and-kl": {"clip_range": (0.2, 0.2), "kl_coef": 0.7},
     "hinge": {"kl_coef": 0.5, "hinge_coef": 1000.0, "hinge_kl": 1e-4},
-    "value-clipping": {"clip_range": 0.2, "clip_range_vf": 0.2, "normalize_advantage": False},
+    "value-clipping": {"clip_range": (0.2, 0.2), "clip_range_vf": 0.2, "normalize_advantage": False},
+    "dual-clip": {"clip_range": (0.1, 0.3), "dual_clip": 1.05},
+    "spo": {"clip_range": (0.2, 0.2), "surrogate": "spo"},
+    "rollback": {"kl_coef": 5.0, "kl_rollback": 1e-5},
     "policy-only": {"kl_coef": 1.0, "vf_coef": None},
 }
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {

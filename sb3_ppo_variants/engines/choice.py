@@ -112,8 +112,9 @@ class EngineChoice:
     def _gradients_agree(self, arguments: Any, batch_size: int) -> bool:
         """Whether the gradients of an epoch's first and last minibatch are autograd's, in each part of an update."""
         policy, coefs = arguments[0], arguments[3]
-        terms = [coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl]
-        terms += [coefs.hinge_coef == 0, coefs.normalize_advantage, coefs.critic_apart]
+        terms: list[Any] = [coefs.clip_range is None, coefs.clip_range_vf is None, coefs.ent_coef == 0, coefs.penalizes_kl]
+        terms += [coefs.hinge_coef == 0, coefs.normalize_advantage, coefs.critic_apart, coefs.surrogate]
+        terms += [coefs.dual_clip is None, coefs.kl_rollback is None]
         key = (*policy.modules(), batch_size, th.get_num_threads(), *terms)
 
         def look() -> bool:

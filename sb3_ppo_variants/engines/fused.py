@@ -26,7 +26,16 @@ from sb3_ppo_variants.engines.network import (
 )
 from sb3_ppo_variants.engines.reasons import why_not_fused
 from sb3_ppo_variants.engines.watch import Watch
-from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, mean_of_each, normalize_each, ppo_loss, value_loss
+from sb3_ppo_variants.losses import (
+    Evaluation,
+    Metrics,
+    Samples,
+    mean_of_each,
+    normalize_each,
+    ppo_loss,
+    rolls_back,
+    value_loss,
+)
 from sb3_ppo_variants.rollout import Minibatch, flatten, policy_actions
 
 ONE, NORM_EPS = np.float32(1), np.float32(1e-6)
@@ -117,9 +126,9 @@ class FusedEngine(Engine):
         self._features: np.ndarray | None = None
         self._latest: _Part | None = None
         self._retired = False
-        clip_range = self._coefs.clip_range or 0.0
+        low, high = self._coefs.clip_range or (0.0, 0.0)
         self._max_norm = np.float32(float(self._max_grad_norm))
-        self._ratio_range = np.float32(1 - clip_range), np.float32(1 + clip_range)
+        self._ratio_range = np.float32(1 - low), np.float32(1 + high)
         self._set_up()
         self._fetch_values()
 
@@ -211,7 +220,7 @@ class FusedEngine(Engine):
                 assert self._trust_region is not None
                 assert minibatch.indices is not None
                 kl = self._head.kl(self._trust_region.old_at(minibatch.indices))
-                self._mean_kl = np.float32(kl.mean())
+                self._kl = kl
         if any_nan(log_prob):
             self._raise_what_sb3_raises(minibatch)
         evidence = _Evidence(columns, values, log_prob, self._head.dispersion, kl)
@@ -264,16 +273,24 @@ class FusedEngine(Engine):
         return {"grad_norm": norm}
 
     def _d_ratio(self) -> np.ndarray:
-        """At r, of -mean(r A), or of -mean(min(r A, clip(r) A)); where both are equal, each gets half of the gradient."""
-        ratio, advantages = self._ratio, self._columns.advantages
+        """At r, of -mean(r A), or of what bounds it; where two are equal, each gets half of the gradient."""
+        ratio, advantages, coefs = self._ratio, self._columns.advantages, self._coefs
         d_surrogate: np.ndarray = (-ONE / np.float32(len(ratio))) * advantages
-        if self._coefs.clip_range is None:
+        if coefs.clip_range is None:
             return d_surrogate
+        if coefs.surrogate == "spo":
+            weight = np.abs(advantages) / np.float32(2 * coefs.clip_range[0])
+            d_spo: np.ndarray = d_surrogate + (ONE / np.float32(len(ratio))) * weight * (2 * (ratio - 1))
+            return d_spo
         low, high = self._ratio_range
         clipped_ratio = np.minimum(np.maximum(ratio, low), high)
         share = (1 + np.sign(advantages * clipped_ratio - advantages * ratio)) / 2
         inside = clipped_ratio == ratio
         d_ratio: np.ndarray = d_surrogate * np.maximum(share, inside) + ZEROS[inside.view(np.int8)]
+        if coefs.dual_clip is not None:
+            clipped = np.minimum(advantages * ratio, advantages * clipped_ratio)
+            bound = np.where(advantages < 0, np.float32(coefs.dual_clip) * advantages, -np.inf)
+            d_ratio *= (1 + np.sign(clipped - bound)) / 2
         return d_ratio
 
     def _d_entropy(self) -> np.float32 | None:
@@ -282,16 +299,22 @@ class FusedEngine(Engine):
             return None
         return -np.float32(self._coefs.ent_coef) / np.float32(len(self._ratio))
 
-    def _d_kl(self) -> np.float32 | None:
+    def _d_kl(self) -> np.ndarray | None:
         """At each KL, of beta mean(KL), and of the hinge."""
-        coefs = self._coefs
+        coefs, n_samples = self._coefs, np.float32(len(self._ratio))
         if not coefs.penalizes_kl:
             return None
-        slope = np.float32(coefs.kl_coef)
-        excess = self._mean_kl - np.float32(coefs.hinge_kl)
+        slope, hinge = np.float32(coefs.kl_coef), np.float32(0)
+        excess = np.float32(self._kl.mean()) - np.float32(coefs.hinge_kl)
         if coefs.hinge_coef > 0 and excess > 0:
-            slope = np.float32(coefs.hinge_coef) * (2 * excess) + slope
-        return slope / np.float32(len(self._ratio))
+            hinge = np.float32(coefs.hinge_coef) * (2 * excess)
+        if coefs.kl_rollback is None:
+            return np.full(len(self._ratio), (hinge + slope) / n_samples)
+        ratio, advantages = map(th.from_numpy, (self._ratio, self._columns.advantages))
+        d_kl: np.ndarray = (
+            hinge / n_samples + slope / n_samples * rolls_back(self._kl, ratio, advantages, coefs.kl_rollback).numpy()
+        )
+        return d_kl
 
     def _d_values(self) -> np.ndarray:
         """At V, of vf_coef mean((V - R)^2), where V is clipped to the old one's vicinity if wanted."""

@@ -72,14 +72,14 @@ class Head(ABC):
 
     @abstractmethod
     def backward(
-        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None, d_output: np.ndarray
+        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.ndarray | None, d_output: np.ndarray
     ) -> None:
         """
         Write the gradient at the network's outputs.
 
         :param d_log_prob: gradient of the loss at each log-probability, shape (b,)
         :param d_entropy: at each entropy, ``None`` for 0
-        :param d_kl: at each KL, ``None`` for 0
+        :param d_kl: at each KL, shape (b,), ``None`` for 0
         :param d_output: where it goes, shape (b, n_out)
         """
 
@@ -164,7 +164,7 @@ class GaussianHead(Head):
         return old.kl_divergence(self.params())
 
     def backward(
-        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None, d_output: np.ndarray
+        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.ndarray | None, d_output: np.ndarray
     ) -> None:
         """At mu; the gradient at ln sigma is written too. Signs and powers of two stand where they cost least."""
         d_each, sigma = d_log_prob[:, None], self._sigma
@@ -172,7 +172,7 @@ class GaussianHead(Head):
         d_output *= self._shift
         d_sigma = []
         if d_kl is not None:
-            d_half = d_kl * np.float32(0.5)
+            d_half = d_kl[:, None] * np.float32(0.5)
             d_shift = d_half * (2 * self._standardized_shift)
             d_ratio = (-d_half / (self._std_ratio * self._std_ratio) + d_half) * (2 * self._std_ratio)
             d_output -= d_shift / sigma
@@ -253,10 +253,10 @@ class CategoricalHead(Head):
         return old.kl_divergence(self.params())
 
     def backward(
-        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None, d_output: np.ndarray
+        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.ndarray | None, d_output: np.ndarray
     ) -> None:
         """At the logits."""
-        d_kls = None if d_kl is None else -(d_kl * self._old_probs)
+        d_kls = None if d_kl is None else -(d_kl[:, None] * self._old_probs)
         for part, columns in zip(self._parts, self._bounds, strict=True):
             part.backward(d_log_prob, d_entropy, None if d_kls is None else d_kls[:, columns], d_output[:, columns])
 
@@ -360,16 +360,16 @@ class BernoulliHead(Head):
         return old.kl_divergence(self.params())
 
     def backward(
-        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.float32 | None, d_output: np.ndarray
+        self, d_log_prob: np.ndarray, d_entropy: np.float32 | None, d_kl: np.ndarray | None, d_output: np.ndarray
     ) -> None:
         """At the logits."""
         logits, probs = self._logits, self._probs.numpy()
         d_logits = []
         if d_kl is not None:
             # Not as a full matrix: the last bit of torch's softplus depends on how its operands lie in memory.
-            d_each = th.full((len(logits),), d_kl.item(), dtype=th.float32).unsqueeze(1).expand_as(logits)
+            d_each = th.from_numpy(d_kl).unsqueeze(1).expand_as(logits)
             d_softplus = th.ops.aten.softplus_backward.default(d_each, logits, 1, 20)
-            d_logits += [d_softplus.numpy(), -(d_kl * self._old_probs)]
+            d_logits += [d_softplus.numpy(), -(d_kl[:, None] * self._old_probs)]
         if d_entropy is not None:
             d_probs = th.from_numpy(-self.dispersion * d_entropy)
             d_logits.append(th.ops.aten.sigmoid_backward.default(d_probs, self._probs).numpy())

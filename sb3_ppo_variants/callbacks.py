@@ -20,7 +20,7 @@ from sb3_ppo_variants.trust_region import check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 
 if TYPE_CHECKING:
-    from sb3_ppo_variants.ppo import PPO
+    from sb3_ppo_variants.algorithm import PPOBase
 
 
 UNKNOWN_KL = (
@@ -40,7 +40,7 @@ class UpdateCallback(BaseCallback):
     ``False`` from SB3's ``_on_step`` ends **training**.
     """
 
-    model: "PPO"
+    model: "PPOBase"
 
     def init_callback(self, model: BaseAlgorithm) -> None:
         """
@@ -411,7 +411,7 @@ class GradientNoiseScaleCallback(UpdateCallback):
         self._sum_of_squared_norms = 0.0
 
     def _on_minibatch(self, stats: UpdateStats) -> bool:
-        full = len(stats.minibatch.samples.advantages) == self.model.batch_size
+        full = len(stats.minibatch.samples.advantages) == self.model._minibatch_size
         # The scaling of torch's clip_grad_norm_, to be undone.
         scale = min(1.0, self.model.max_grad_norm / (stats.latest("grad_norm") + 1e-6))
         if stats.epochs_completed == 0 and full and scale > 0:
@@ -425,7 +425,7 @@ class GradientNoiseScaleCallback(UpdateCallback):
     def _on_update_end(self, stats: UpdateStats) -> None:
         if self._n_minibatches < 2:
             return
-        small, big = self.model.batch_size, self.model.batch_size * self._n_minibatches
+        small, big = self.model._minibatch_size, self.model._minibatch_size * self._n_minibatches
         small_norm = self._sum_of_squared_norms / self._n_minibatches
         big_norm = (self._sum_of_gradients / self._n_minibatches).pow(2).sum().item()
         squared_gradient = (big * big_norm - small * small_norm) / (big - small)

@@ -11,11 +11,13 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.engines import LeanPolicy
+from sb3_ppo_variants.evaluation import States, predict_values, state_chunks
 from sb3_ppo_variants.isolation import undisturbed
-from sb3_ppo_variants.rollout import KEPT, drop_others, flat_observations, observation_chunks, recompute_advantages, shorten
+from sb3_ppo_variants.rollout import KEPT, drop_others, recompute_advantages, shorten
 from sb3_ppo_variants.vec_env import resets_ahead
 
 if TYPE_CHECKING:
+    from sb3_ppo_variants.algorithm import PPOBase
     from sb3_ppo_variants.ppo import PPO
 
 
@@ -154,17 +156,20 @@ def _finish(
 
 
 @th.no_grad()
-def renew_advantages(model: "PPO") -> None:
+def renew_advantages(model: "PPOBase") -> None:
     """
     Replace the rollout's advantages by those of the critic as it is now; values and returns stay those of the old one.
 
     :param model: whose rollout has just ended
     """
     buffer, policy = model.rollout_buffer, model.policy
+    observations: Any = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
+    lstm_states = getattr(model, "_last_lstm_states", None)
+    episode_starts = None if lstm_states is None else th.as_tensor(model._last_episode_starts, dtype=th.float32)
     with undisturbed(policy):
-        chunks = observation_chunks(buffer, flat_observations(buffer), buffer.buffer_size)
-        values = th.cat([policy.predict_values(chunk) for chunk in chunks])
-        last_values = policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
+        chunks = state_chunks(buffer, buffer.buffer_size)
+        values = th.cat([predict_values(policy, states) for _, states in chunks])
+        last_values = predict_values(policy, States(observations, None, lstm_states, episode_starts))
     recompute_advantages(buffer, values.cpu().numpy(), last_values, model._last_episode_starts)  # type: ignore[arg-type]
 
 

@@ -1,13 +1,10 @@
 """Which of a policy's parameters are the critic's alone."""
 
-from typing import Any
-
-import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_ppo_variants.evaluation import act, any_state, evaluate_actions, predict_values
 from sb3_ppo_variants.isolation import undisturbed
 from sb3_ppo_variants.rollout import policy_actions
 
@@ -35,22 +32,15 @@ def shares_parameters(policy: ActorCriticPolicy) -> bool:
 def _reached(policy: ActorCriticPolicy, by_values: bool) -> set[str]:
     """Names of the trainable parameters that the values, or else the actions' log-probabilities, have gradients for."""
     with undisturbed(policy), th.enable_grad():
-        observation = policy.obs_to_tensor(_zeros(policy.observation_space))[0]
+        state = any_state(policy)  # as only the graph matters
         if by_values:
-            output = policy.predict_values(observation)
+            output = predict_values(policy, state)
         else:
             with th.no_grad():
-                actions = policy(observation)[0].reshape(1, -1)
-            output = policy.evaluate_actions(observation, policy_actions(actions, policy.action_space))[1]
+                actions = act(policy, state).reshape(1, -1)
+            output = evaluate_actions(policy, state, policy_actions(actions, policy.action_space))[1]
         if not output.requires_grad:
             return set()
         trainable = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
         gradients = th.autograd.grad(output.sum(), list(trainable.values()), allow_unused=True)
     return {name for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
-
-
-def _zeros(space: spaces.Space[Any]) -> Any:
-    """Any observation of the space will do, as only the graph matters."""
-    if isinstance(space, spaces.Dict):
-        return {key: _zeros(child) for key, child in space.spaces.items()}
-    return np.zeros(space.shape or (), dtype=space.dtype)

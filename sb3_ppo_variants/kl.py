@@ -4,6 +4,7 @@ The Kullback-Leibler divergence between the old and the new policy: exact, and e
 Throughout, KL is KL(old || new), in nats, summed over action dimensions, one value a state.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,37 +103,62 @@ class BernoulliParams(DistributionParams):
         return (self.logits.sigmoid() * shift - softplus(self.logits) + softplus(new.logits)).sum(dim=1)
 
 
-EXACT_KL = (
-    DiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-)
-"""SB3's action distributions, with their subclasses, whose exact KL is known."""
-
-
+@functools.singledispatch
 def distribution_params(distribution: Distribution) -> DistributionParams:
     """
-    Read the parameters of an SB3 action distribution.
+    Read the parameters of an action distribution of a kind that is registered here, or of a subclass.
 
     :param distribution: set up for a batch of ``b`` states
     :return: its parameters, which later changes of ``distribution`` leave alone; gradients flow through them
     :raises TypeError: if no exact KL is known for this kind of distribution, or what a subclass has put into it
     """
-    inner: Any = getattr(distribution, "distribution", None)
-    match distribution, inner:
-        case ((DiagGaussianDistribution() | StateDependentNoiseDistribution()), Normal()):
-            return GaussianParams(inner.mean, inner.stddev)
-        case CategoricalDistribution(), Categorical():
-            return CategoricalParams(inner.logits)
-        case MultiCategoricalDistribution(), [Categorical(), *_]:
-            return CategoricalParams(th.cat([categorical.logits for categorical in inner], dim=1))
-        case BernoulliDistribution(), Bernoulli():
-            return BernoulliParams(inner.logits)
-    raise TypeError(
+    raise _unknown(distribution, getattr(distribution, "distribution", None))
+
+
+@distribution_params.register(DiagGaussianDistribution)
+@distribution_params.register(StateDependentNoiseDistribution)
+def _gaussian_params(distribution: Any) -> GaussianParams:
+    inner = distribution.distribution
+    if not isinstance(inner, Normal):
+        raise _unknown(distribution, inner)
+    return GaussianParams(inner.mean, inner.stddev)
+
+
+@distribution_params.register(CategoricalDistribution)
+def categorical_params(distribution: Any) -> CategoricalParams:
+    """Of what has one of torch's categorical distributions."""
+    inner = distribution.distribution
+    if not isinstance(inner, Categorical):
+        raise _unknown(distribution, inner)
+    return CategoricalParams(inner.logits)
+
+
+@distribution_params.register(MultiCategoricalDistribution)
+def multi_categorical_params(distribution: Any) -> CategoricalParams:
+    """Of what has several of torch's categorical distributions."""
+    inner = getattr(distribution, "distributions", None) or distribution.distribution
+    if not isinstance(inner, list) or not inner or not all(isinstance(each, Categorical) for each in inner):
+        raise _unknown(distribution, inner)
+    return CategoricalParams(th.cat([categorical.logits for categorical in inner], dim=1))
+
+
+@distribution_params.register(BernoulliDistribution)
+def _bernoulli_params(distribution: Any) -> BernoulliParams:
+    inner = distribution.distribution
+    if not isinstance(inner, Bernoulli):
+        raise _unknown(distribution, inner)
+    return BernoulliParams(inner.logits)
+
+
+def _unknown(distribution: Any, inner: Any) -> TypeError:
+    return TypeError(
         f"no exact KL is known for the action distribution {type(distribution).__name__} of {type(inner).__name__}"
     )
+
+
+def exact_kl_known() -> tuple[type, ...]:
+    """Action distributions, with their subclasses, whose exact KL is known."""
+    return tuple(kind for kind in distribution_params.registry if kind is not object)
 
 
 def k1(log_ratio: th.Tensor) -> th.Tensor:

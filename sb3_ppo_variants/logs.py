@@ -10,10 +10,10 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from sb3_ppo_variants.update import UpdateStats
 
 if TYPE_CHECKING:
-    from sb3_ppo_variants.ppo import PPO
+    from sb3_ppo_variants.algorithm import PPOBase
 
 
-def log_update(model: "PPO", stats: UpdateStats) -> None:
+def log_update(model: "PPOBase", stats: UpdateStats) -> None:
     """
     Record an update.
 
@@ -41,7 +41,7 @@ def tensorboard_writers(logger: Logger) -> list[SummaryWriter]:
     return [output.writer for output in outputs if isinstance(output, TensorBoardOutputFormat)]
 
 
-def _record_sb3_keys(model: "PPO", stats: UpdateStats) -> None:
+def _record_sb3_keys(model: "PPOBase", stats: UpdateStats) -> None:
     """SB3's keys with SB3's values, in SB3's precision: means in float64, but the one of ``approx_kl`` in its own."""
     record = model.logger.record
     buffer = model.rollout_buffer
@@ -65,7 +65,7 @@ def _record_sb3_keys(model: "PPO", stats: UpdateStats) -> None:
         record("train/clip_range_vf", stats.coefs.clip_range_vf)
 
 
-def _log_kl_per_epoch(model: "PPO", stats: UpdateStats) -> None:
+def _log_kl_per_epoch(model: "PPOBase", stats: UpdateStats) -> None:
     """
     One point an epoch, spread evenly over the time steps to the next update, where ``train/kl`` will be logged.
 

@@ -1,11 +1,6 @@
 """PPO with a clipped surrogate, a fixed or an adaptive KL penalty, both or neither, as a drop-in for SB3's PPO."""
 
-import io
-import pathlib
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import stable_baselines3
 import torch as th
@@ -13,49 +8,23 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_variants.algorithm import ClipRange, PPOBase
 from sb3_ppo_variants.arguments import (
-    check_bool,
-    check_choice,
-    check_coefficient,
-    check_finite,
-    check_positive,
     check_positive_int,
-    check_real,
-    current_value,
-    is_pair,
-    parse_clip_range,
-    parse_schedule,
 )
-from sb3_ppo_variants.callbacks import UpdateHooks
-from sb3_ppo_variants.collection import collect_rollouts, renew_advantages
-from sb3_ppo_variants.critic import critic_parameters, shares_parameters
-from sb3_ppo_variants.engines import ENGINES, Engine, EngineChoice
-from sb3_ppo_variants.kl import k3
-from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
-from sb3_ppo_variants.logs import log_update, tensorboard_writers
-from sb3_ppo_variants.losses import SURROGATES, Coefficients
+from sb3_ppo_variants.collection import collect_rollouts
+from sb3_ppo_variants.kl_coef import KLCoef
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.rollout import lengthen
-from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
-from sb3_ppo_variants.update import UpdateStats
-from sb3_ppo_variants.vec_env import GymnasiumVecEnv, resets_in_next_step
+from sb3_ppo_variants.vec_env import resets_in_next_step
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
-T = TypeVar("T")
-ClipRange: TypeAlias = "float | str | Schedule | Sequence[float | str | Schedule] | None"
-NEW_ARGUMENTS = (
-    *("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "critic_first"),
-    *("n_episodes", "surrogate", "dual_clip", "kl_rollback", "engine"),
-)
-"""Arguments that SB3's PPO hasn't got, or takes fewer values for."""
 
 
-class PPO(stable_baselines3.PPO):
+class PPO(PPOBase, stable_baselines3.PPO):
     """
     Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347).
 
@@ -101,12 +70,6 @@ class PPO(stable_baselines3.PPO):
         **stable_baselines3.PPO.policy_aliases,
         "ZeroHeadsMlpPolicy": ZeroHeadsPolicy,
     }
-    clip_range: FloatSchedule | tuple[float | Schedule, float | Schedule] | None  # type: ignore[assignment]
-    _kl_coef: FloatSchedule | KLCoefController
-    kl_coef_state: KLCoefState | None
-    """Beta in the next update, under an adaptive penalty; else ``None``."""
-    value_optimizer: th.optim.Optimizer | None
-    """The critic's own optimiser, if ``n_value_epochs`` is given; else ``None``."""
 
     def __init__(
         self,
@@ -148,37 +111,21 @@ class PPO(stable_baselines3.PPO):
         kl_rollback: float | None = None,
         engine: str = "auto",
     ) -> None:
-        self.kl_coef = kl_coef
-        self.kl_target = kl_target
-        self.n_value_epochs = n_value_epochs
-        self.value_learning_rate = value_learning_rate
-        self.critic_first = critic_first
         self.n_episodes = n_episodes
-        self.surrogate = surrogate
-        self.dual_clip = dual_clip
-        self.kl_rollback = kl_rollback
-        self.engine = engine
-        self.kl_coef_state = None
-        self.value_optimizer = None
-        self._kl_coef_source = kl_coef
-        self._value_optimizer_policy: ActorCriticPolicy | None = None
-        self._update_hooks = UpdateHooks()
-        self._exact_kl_known = True
-        self._engine_choice = EngineChoice()
         super().__init__(
             policy,
-            env,  # type: ignore[arg-type]  # `_wrap_env` takes it
-            learning_rate=learning_rate,  # type: ignore[arg-type]  # parsed below
+            env,
+            learning_rate=learning_rate,
             n_steps=n_steps,
             batch_size=batch_size,
             n_epochs=n_epochs,
             gamma=gamma,
             gae_lambda=gae_lambda,
-            clip_range=clip_range,  # type: ignore[arg-type]  # parsed below
-            clip_range_vf=clip_range_vf,  # type: ignore[arg-type]  # parsed below
+            clip_range=clip_range,
+            clip_range_vf=clip_range_vf,
             normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,  # type: ignore[arg-type]  # parsed below
-            vf_coef=vf_coef,  # type: ignore[arg-type]  # parsed below
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
@@ -191,136 +138,22 @@ class PPO(stable_baselines3.PPO):
             verbose=verbose,
             seed=seed,
             device=device,
-            _init_setup_model=False,
+            kl_coef=kl_coef,
+            kl_target=kl_target,
+            n_value_epochs=n_value_epochs,
+            value_learning_rate=value_learning_rate,
+            critic_first=critic_first,
+            surrogate=surrogate,
+            dual_clip=dual_clip,
+            kl_rollback=kl_rollback,
+            engine=engine,
+            _init_setup_model=_init_setup_model,
         )
-        self._read_arguments()
-        if _init_setup_model:
-            self._setup_model()
 
     def _read_arguments(self) -> None:
-        """Parse strings and check what is new; again after ``load``, which sets attributes without asking."""
-        if "clip_range" in vars(self):
-            self.clip_range = parse_clip_range(self.clip_range)
-        for name in ("learning_rate", "clip_range_vf", "ent_coef", "vf_coef", "value_learning_rate"):
-            value = vars(self).get(name)  # a subclass may have made a property of it
-            if isinstance(value, str):
-                setattr(self, name, parse_schedule(name, value))
-        for name in ("ent_coef", "vf_coef"):
-            value = vars(self).get(name)
-            if callable(value) or isinstance(value, str) or (value is None and name in vars(self)):
-                check_coefficient(name, value, check_finite)
-        check_positive("kl_target", self.kl_target)
+        super()._read_arguments()
         if self.n_episodes is not None:
             check_positive_int("n_episodes", self.n_episodes)
-        check_choice("engine", self.engine, ENGINES)
-        self._check_critics_passes()
-        self._read_kl_coef()
-        self._check_objective()
-        self._arguments_read = self._new_arguments()
-
-    def _check_critics_passes(self) -> None:
-        if self.n_value_epochs is not None:
-            check_positive_int("n_value_epochs", self.n_value_epochs)
-        if self.value_learning_rate is not None:
-            check_coefficient("value_learning_rate", self.value_learning_rate)
-            if self.n_value_epochs is None:
-                raise ValueError(
-                    f"`value_learning_rate` must be None unless `n_value_epochs` is given, not {self.value_learning_rate!r}"
-                )
-        if check_bool("critic_first", self.critic_first) and self.n_value_epochs is None:
-            raise ValueError("`critic_first` must be False unless `n_value_epochs` is given, not True")
-
-    def _check_objective(self) -> None:
-        """Check what is new of the surrogate objective and of the penalty, and that all of it has an effect."""
-        clip_range = vars(self).get("clip_range")
-        if check_choice("surrogate", self.surrogate, SURROGATES) == "spo":
-            if clip_range is None or is_pair(clip_range):
-                raise ValueError(f"`clip_range` must be a number > 0 or a schedule for `surrogate='spo'`, not {clip_range!r}")
-            check_coefficient("clip_range", clip_range, check_positive)
-        if self.dual_clip is not None:
-            check_real("dual_clip", self.dual_clip, "None or a number > 1", lambda number: number > 1)
-            if clip_range is None or self.surrogate != "clip":
-                raise ValueError(f"`dual_clip` must be None unless the surrogate is clipped, not {self.dual_clip!r}")
-        if self.kl_rollback is not None:
-            check_positive("kl_rollback", self.kl_rollback)
-            if not self._may_penalize_kl():
-                raise ValueError(f"`kl_rollback` must be None unless `kl_coef` is given, not {self.kl_rollback!r}")
-
-    def _may_penalize_kl(self) -> bool:
-        return isinstance(self._kl_coef, KLCoefController) or callable(self.kl_coef) or bool(self.kl_coef)
-
-    def _read_kl_coef(self) -> None:
-        """Parse ``kl_coef``; a beta that has been adapted is kept unless it belongs to another rule."""
-        self._kl_coef = parse_kl_coef(self.kl_coef)
-        if not isinstance(self._kl_coef, KLCoefController):
-            self.kl_coef_state = None
-        elif self.kl_coef_state is None or parse_kl_coef(self._kl_coef_source) != self._kl_coef:
-            self.kl_coef_state = self._kl_coef.init()
-        else:
-            self.kl_coef_state = KLCoefState(*self.kl_coef_state)  # a saved one comes back as a plain list
-        self._kl_coef_source = self.kl_coef
-
-    def _setup_model(self) -> None:
-        self._read_arguments()
-        clip_range = self.clip_range
-        ours = clip_range is None or is_pair(clip_range)
-        if ours:
-            self.clip_range = 0.0  # type: ignore[assignment]  # SB3 turns it into a schedule
-        super()._setup_model()
-        if ours:
-            self.clip_range = clip_range
-        if self._may_penalize_kl():
-            check_exact_kl(self.policy, self.rollout_buffer)
-        if self.n_value_epochs is None:
-            self._drop_value_optimizer()
-        else:
-            self._setup_value_optimizer()
-
-    def _setup_value_optimizer(self) -> None:
-        parameters = critic_parameters(self.policy)
-        if shares_parameters(self.policy):
-            warnings.warn(
-                "`n_value_epochs` with parameters that actor and critic share, such as a features extractor: they are trained "
-                "by the policy's loss alone. Pass `policy_kwargs=dict(share_features_extractor=False)` for an extractor of "
-                "the critic's own.",
-                stacklevel=2,
-            )
-        self.value_optimizer = self.policy.optimizer_class(
-            parameters,
-            lr=self._value_learning_rate(),  # type: ignore[call-arg]
-            **self.policy.optimizer_kwargs,
-        )
-        self._value_optimizer_policy = self.policy
-
-    def _new_arguments(self) -> list[Any]:
-        return [vars(self).get(name) for name in NEW_ARGUMENTS]
-
-    def _follow_changes(self) -> None:
-        """Take over what a callback has assigned to the new arguments since the last update."""
-        if any(new is not read for new, read in zip(self._new_arguments(), self._arguments_read, strict=True)):
-            self._read_arguments()
-        if self.n_value_epochs is None:
-            self._drop_value_optimizer()
-        elif self._value_optimizer_policy is not self.policy:
-            self._setup_value_optimizer()
-
-    def _drop_value_optimizer(self) -> None:
-        if self._value_optimizer_policy is not None:  # else it is a subclass's own, if there is one
-            self.value_optimizer, self._value_optimizer_policy = None, None
-
-    @staticmethod
-    def _wrap_env(env: GymEnv | VectorEnv[Any, Any, Any], verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        if isinstance(env, VectorEnv):
-            if verbose >= 1:
-                print("Wrapping the env in a GymnasiumVecEnv.")
-            env = GymnasiumVecEnv(env)
-        return stable_baselines3.PPO._wrap_env(env, verbose, monitor_wrapper)
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        # `learn` keeps the callback to itself, and containers don't hand on hooks that they don't know: callbacks with
-        # hooks register when they are initialised.
-        self._update_hooks = UpdateHooks()
-        return super()._init_callback(callback, progress_bar)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -331,191 +164,6 @@ class PPO(stable_baselines3.PPO):
         if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy)
-
-    def train(self) -> None:
-        """
-        One update: ``n_epochs`` passes over the rollout, behind or before them the critic's own, then the adaptation of beta.
-
-        What is computed stands in ``losses.py`` (loss), ``engines/`` (gradient) and ``kl_coef.py`` (beta).
-        """
-        if self.n_epochs < 1:
-            raise ValueError(f"`n_epochs` must be an integer >= 1, not {self.n_epochs!r}")
-        self._follow_changes()
-        self.policy.set_training_mode(True)
-        self._update_learning_rates()
-        coefs = self._current_coefficients()
-        trust_region = self._if_exact_kl_is_known(coefs, partial(self._make_trust_region, coefs))
-        watched = bool(self._update_hooks) or bool(tensorboard_writers(self.logger))
-        stats = UpdateStats(coefs, trust_region, keep_kls=watched and trust_region is not None)
-        self._update_hooks.on_update_start(self.num_timesteps)
-        engine = self._engine_choice.engine(self, coefs, trust_region)
-        hooked, hooked_between_epochs = map(self._update_hooks.ask, ("_on_minibatch", "_on_epoch_end"))
-
-        try:
-            self._train_critic(engine, stats, before_policy=True)
-            while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
-                for minibatch in engine.minibatches(self._minibatch_size):
-                    stats.add_minibatch(minibatch, engine.forward(minibatch))
-                    if not self._within_target_kl(stats):
-                        break
-                    stats.add(engine.backward())
-                    if hooked:
-                        engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
-                    if stats.policy_stopped:
-                        break  # type: ignore[unreachable]  # hooks set it
-                    engine.step()
-                    stats.gradient_steps += 1
-                else:
-                    stats.epochs_completed += 1
-                    if hooked_between_epochs:
-                        engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
-                self._n_updates += 1
-            self._train_critic(engine, stats, before_policy=False)
-        finally:
-            engine.publish()
-
-        if trust_region is not None:
-            stats.displacement = self._if_exact_kl_is_known(coefs, trust_region.measure)
-        log_update(self, stats)
-        self._adapt_kl_coef(stats)
-        self._update_hooks.on_update_end(stats)
-
-    def _call_hooks(self, engine: Engine, stats: UpdateStats, hooks: Callable[[UpdateStats], Any]) -> Engine:
-        """
-        Call hooks between two steps, which see and may change the policy and its optimiser.
-
-        :return: the engine that goes on
-        """
-        engine.publish()
-        stats.minibatch.gather()
-        try:
-            hooks(stats)
-        finally:
-            obstacle = engine.fetch()
-        return engine if obstacle is None else self._engine_choice.engine_after(engine, obstacle, self)
-
-    def _train_critic(self, engine: Engine, stats: UpdateStats, before_policy: bool) -> None:
-        """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
-        if stats.critic_stopped or before_policy != self.critic_first:
-            return
-        vf_coef, optimizer, n_passes = stats.coefs.vf_coef, self.policy.optimizer, self.n_epochs - stats.epochs_completed
-        if vf_coef is None:
-            assert self.value_optimizer is not None
-            assert self.n_value_epochs is not None
-            vf_coef, optimizer, n_passes = 1.0, self.value_optimizer, self.n_value_epochs
-        for _ in range(n_passes):
-            for minibatch in engine.minibatches(self._minibatch_size):
-                stats.add(engine.critic_forward(minibatch, vf_coef))
-                engine.backward()
-                engine.step(optimizer)
-        if before_policy:
-            engine.publish()
-            renew_advantages(self)
-
-    def _within_target_kl(self, stats: UpdateStats) -> bool:
-        """
-        SB3's early stop, before the step of the minibatch that trips it: its estimate, its factor, its message.
-
-        In a joint update it stops the critic too, as in SB3; the critic's own passes go on, as in Spinning Up.
-        """
-        if self.target_kl is None:
-            return True
-        approx_kl = k3(stats.log_ratio).mean().cpu().numpy()
-        if not approx_kl > 1.5 * self.target_kl:
-            return True
-        if self.verbose >= 1:
-            print(f"Early stopping at step {stats.epochs_completed} due to reaching max kl: {approx_kl:.2f}")
-        stats.stop_policy_phase()
-        return False
-
-    @property
-    def _minibatch_size(self) -> int:
-        """``None`` is the whole rollout, as in SB3's buffers."""
-        n_samples = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
-        return n_samples if self.batch_size is None else self.batch_size
-
-    def _update_learning_rates(self) -> None:
-        self._update_learning_rate(self.policy.optimizer)
-        if self.n_value_epochs is not None:
-            assert self.value_optimizer is not None
-            update_learning_rate(self.value_optimizer, self._value_learning_rate())
-            self.logger.record("train/value_learning_rate", self._value_learning_rate())
-
-    def _value_learning_rate(self) -> float:
-        progress_remaining = self._current_progress_remaining
-        if self.value_learning_rate is None:
-            return self.lr_schedule(progress_remaining)
-        return float(current_value("value_learning_rate", self.value_learning_rate, progress_remaining))
-
-    def _current_coefficients(self) -> Coefficients:
-        """
-        The coefficients in effect in this update.
-
-        :raises TypeError: if a schedule returns no number
-        :raises ValueError: if a schedule returns what is not allowed
-        """
-        progress_remaining = self._current_progress_remaining
-        hinge_coef, hinge_kl = 0.0, 0.0
-        if isinstance(self._kl_coef, KLCoefController):
-            assert self.kl_coef_state is not None
-            kl_coef = self.kl_coef_state.kl_coef
-            hinge_coef, hinge_kl = self._kl_coef.hinge_coef, self._kl_coef.hinge_threshold * self.kl_target
-        else:
-            kl_coef = current_value("kl_coef", self._kl_coef, progress_remaining)
-        return Coefficients(
-            clip_range=self._current_clip_range(),
-            clip_range_vf=None if self.clip_range_vf is None else self.clip_range_vf(progress_remaining),  # type: ignore[operator]
-            normalize_advantage=self.normalize_advantage,
-            ent_coef=current_value("ent_coef", self.ent_coef, progress_remaining, check_finite),
-            vf_coef=None
-            if self.n_value_epochs is not None
-            else current_value("vf_coef", self.vf_coef, progress_remaining, check_finite),
-            kl_coef=kl_coef,
-            hinge_coef=hinge_coef,
-            hinge_kl=hinge_kl,
-            surrogate=self.surrogate,
-            dual_clip=self.dual_clip,
-            kl_rollback=self.kl_rollback,
-        )
-
-    def _current_clip_range(self) -> tuple[float, float] | None:
-        progress_remaining = self._current_progress_remaining
-        if self.clip_range is None:
-            return None
-        if isinstance(self.clip_range, (tuple, list)):
-            low, high = self.clip_range
-            names = ("clip_range[0]", "clip_range[1]")
-            return current_value(names[0], low, progress_remaining), current_value(names[1], high, progress_remaining)
-        return (self.clip_range(progress_remaining),) * 2
-
-    def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:
-        if coefs.penalizes_kl:
-            check_exact_kl(self.policy, self.rollout_buffer)
-        return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self._minibatch_size)
-
-    def _if_exact_kl_is_known(self, coefs: Coefficients, compute: Callable[[], T]) -> T | None:
-        """
-        What ``compute`` returns; without a KL penalty ``None``, and one warning, where it fails.
-
-        A policy or a buffer that SB3 trains with must train here too, even if it can't tell its exact KL.
-        """
-        if coefs.penalizes_kl:
-            return compute()
-        if not self._exact_kl_known:
-            return None
-        try:
-            return compute()
-        except Exception as error:
-            self._exact_kl_known = False
-            warnings.warn(f"the exact KL is not logged: {error}", stacklevel=3)
-            return None
-
-    def _adapt_kl_coef(self, stats: UpdateStats) -> None:
-        if isinstance(self._kl_coef, KLCoefController):
-            assert self.kl_coef_state is not None
-            assert stats.displacement is not None
-            kl = stats.displacement.kl.mean().item()
-            self.kl_coef_state = self._kl_coef.update(self.kl_coef_state, kl=kl, kl_target=self.kl_target)
 
     def learn(
         self: SelfPPO,
@@ -531,80 +179,7 @@ class PPO(stable_baselines3.PPO):
 
         :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
         """
-        self._engine_choice.check(self)
-        self._exact_kl_known = True  # what has failed before may have been mended since
-        outer = self._update_hooks  # of the `learn` whose callback may have called this one
-        try:
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        finally:
-            self._update_hooks = outer
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model in training is no part of that training, and callbacks can't be copied.
-        return {**self.__dict__, "_update_hooks": UpdateHooks()}
-
-    def _excluded_save_params(self) -> list[str]:
-        # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
-        own = [
-            "_kl_coef",
-            "_arguments_read",
-            "_update_hooks",
-            "_exact_kl_known",
-            "_engine_choice",
-            "_value_optimizer_policy",
-        ]
-        return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
-
-    def _own_optimizers(self) -> list[str]:
-        return ["value_optimizer"] if self._value_optimizer_policy is not None else []
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *self._own_optimizers()], tensors
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | TensorDict,
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
-        """
-        SB3's, except that the critic's own optimiser may be missing (it starts anew) or superfluous (it is left out).
-
-        So a model that was saved with a joint update can go on with passes for the critic, and the other way round.
-        """
-        if isinstance(load_path_or_dict, dict):
-            params = dict(load_path_or_dict)
-        else:
-            params = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
-        if self._value_optimizer_policy is not None:
-            assert self.value_optimizer is not None
-            params.setdefault("value_optimizer", self.value_optimizer.state_dict())  # type: ignore[arg-type]
-        elif "value_optimizer" not in self._get_torch_save_params()[0]:
-            params.pop("value_optimizer", None)
-        super().set_parameters(params, exact_match=exact_match, device=device)
-
-    @classmethod
-    def load(
-        cls: type[SelfPPO],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | VectorEnv[Any, Any, Any] | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfPPO:
-        """
-        SB3's, for files of SB3's PPO too.
-
-        What is not among ``kwargs`` is as it was saved: :class:`PPOKL` keeps the ``clip_range`` of SB3's PPO, too. An
-        adapted beta is kept unless ``kl_coef`` is given and differs from the saved one.
-        """
-        if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
-            kwargs = {"value_learning_rate": None, "critic_first": False, **kwargs}
-        settings = (device, custom_objects, print_system_info, force_reset)
-        return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
 
 class PPOKL(PPO):

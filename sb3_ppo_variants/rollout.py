@@ -10,10 +10,11 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
-from stable_baselines3.common.vec_env import VecNormalize
 
 Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
+STANDARD_BUFFERS: list[type[RolloutBuffer]] = [RolloutBuffer, DictRolloutBuffer]
+"""Whose ``get`` hands out minibatches by indices of the flattened rollout."""
 _SHAPE = "shape_when_empty"
 """Attribute of a buffer that has been cut to a part of itself: ``buffer_size`` and ``n_envs`` that it had before."""
 KEPT = "kept"
@@ -50,11 +51,10 @@ class Minibatch:
 def gathers_by_index(buffer: RolloutBuffer) -> bool:
     """Whether a buffer hands out minibatches as SB3's do: rows of the flattened rollout, just as they stand there."""
     kind = type(buffer)
-    standard = (RolloutBuffer, DictRolloutBuffer)
     return (
-        isinstance(buffer, standard)
-        and kind.get in [base.get for base in standard]
-        and kind._get_samples in [base._get_samples for base in standard]
+        isinstance(buffer, RolloutBuffer)
+        and kind.get in [base.get for base in STANDARD_BUFFERS]
+        and kind._get_samples in [base._get_samples for base in STANDARD_BUFFERS]
         and not {"get", "_get_samples"} & vars(buffer).keys()
     )
 
@@ -76,11 +76,11 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     gathered: list[np.ndarray] = []
     get_samples = buffer._get_samples
 
-    def listening_get_samples(batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutBufferSamples:
+    def listening_get_samples(batch_inds: np.ndarray, *args: Any) -> RolloutBufferSamples:
         gathered.append(batch_inds)
-        return get_samples(batch_inds, env)
+        return get_samples(batch_inds, *args)
 
-    buffer._get_samples = listening_get_samples  # type: ignore[method-assign]
+    buffer._get_samples = listening_get_samples  # type: ignore[method-assign, assignment]
     try:
         for samples in buffer.get(batch_size):
             yield _gathered(samples, th.as_tensor(gathered.pop(), device=buffer.device))
@@ -132,7 +132,9 @@ def recompute_advantages(buffer: RolloutBuffer, values: np.ndarray, last_values:
     kept = vars(buffer).get(KEPT, np.ones((buffer.buffer_size, buffer.n_envs), dtype=bool)).swapaxes(0, 1)
     whole = copy.copy(buffer)
     whole.n_envs, whole.buffer_size = kept.shape
-    rewards, episode_starts = map(buffer.swap_and_flatten, (buffer.rewards, buffer.episode_starts))
+    rewards, episode_starts = buffer.swap_and_flatten(buffer.rewards), buffer.episode_starts
+    if episode_starts.shape == buffer.rewards.shape:  # else they have been flattened, as values have
+        episode_starts = buffer.swap_and_flatten(episode_starts)
     columns = {"values": values, "rewards": rewards, "episode_starts": episode_starts}
     for name, column in columns.items():
         # Dropped transitions lie behind an episode's end: as a start of another, nothing flows back from them.
@@ -206,23 +208,6 @@ def flat_log_probs(buffer: RolloutBuffer) -> th.Tensor:
 def policy_actions(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:
     """Actions as ``policy.evaluate_actions`` takes them: the buffer keeps Discrete ones as floats of shape (b, 1)."""
     return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
-
-
-def observation_chunks(buffer: RolloutBuffer, observations: Observations, chunk_size: int) -> Iterator[Any]:
-    """
-    Consecutive chunks of flat observations, as tensors on the buffer's device.
-
-    :param buffer: where they come from
-    :param observations: as :func:`flat_observations` returns them
-    :param chunk_size: observations a chunk, the last one may have fewer
-    """
-    n_states = buffer.buffer_size * buffer.n_envs
-    for start in range(0, n_states, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        if isinstance(observations, dict):
-            yield {key: buffer.to_torch(array[chunk]) for key, array in observations.items()}
-        else:
-            yield buffer.to_torch(observations[chunk])
 
 
 def _flat(buffer: RolloutBuffer, array: np.ndarray) -> np.ndarray:

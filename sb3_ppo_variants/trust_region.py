@@ -7,14 +7,13 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_variants.evaluation import get_distribution, state_chunks
 from sb3_ppo_variants.isolation import undisturbed
-from sb3_ppo_variants.kl import EXACT_KL, DistributionParams, distribution_params
+from sb3_ppo_variants.kl import DistributionParams, distribution_params, exact_kl_known
 from sb3_ppo_variants.rollout import (
     flat_actions,
     flat_log_probs,
-    flat_observations,
     gathers_by_index,
-    observation_chunks,
 )
 
 CHUNK_ELEMENTS = 2**20
@@ -57,8 +56,8 @@ class TrustRegion:
         self._action_space = action_space
         self._chunk_size = max(batch_size, CHUNK_ELEMENTS // spaces.flatdim(buffer.observation_space))
         with th.no_grad(), undisturbed(policy):
-            chunks = observation_chunks(buffer, flat_observations(buffer), self._chunk_size)
-            params = [distribution_params(policy.get_distribution(chunk)) for chunk in chunks]
+            chunks = state_chunks(buffer, self._chunk_size)
+            params = [distribution_params(get_distribution(policy, states)) for _, states in chunks]
         self.old = type(params[0]).cat(params)
 
     def old_at(self, indices: th.Tensor) -> DistributionParams:
@@ -81,14 +80,13 @@ class TrustRegion:
 
     def measure(self) -> Displacement:
         """How far the policy has moved by now; one forward pass of the actor over the rollout."""
-        actions = th.split(flat_actions(self._buffer, self._action_space), self._chunk_size)
+        actions = flat_actions(self._buffer, self._action_space)
         params, log_probs = [], []
         with th.no_grad(), undisturbed(self._policy):
-            chunks = observation_chunks(self._buffer, flat_observations(self._buffer), self._chunk_size)
-            for observations, chunk_actions in zip(chunks, actions, strict=True):
-                distribution = self._policy.get_distribution(observations)
+            for rows, states in state_chunks(self._buffer, self._chunk_size):
+                distribution = get_distribution(self._policy, states)
                 params.append(distribution_params(distribution))
-                log_probs.append(distribution.log_prob(chunk_actions))
+                log_probs.append(distribution.log_prob(actions[rows]))
             kl = self.old.kl_divergence(type(self.old).cat(params))
             return Displacement(kl, th.cat(log_probs) - flat_log_probs(self._buffer))
 
@@ -104,8 +102,9 @@ def check_exact_kl(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> None:
             f"`rollout_buffer_class` lacks what the exact KL needs: it must be a subclass of RolloutBuffer that leaves "
             f"`get` and `_get_samples` as they are, not {type(buffer).__name__}"
         )
-    if not hasattr(policy, "get_distribution") or not isinstance(getattr(policy, "action_dist", None), EXACT_KL):
+    known = exact_kl_known()
+    if not hasattr(policy, "get_distribution") or not isinstance(getattr(policy, "action_dist", None), known):
         raise ValueError(
             f"`policy` lacks what the exact KL needs: it must have `get_distribution` and an `action_dist` of "
-            f"{', '.join(kind.__name__ for kind in EXACT_KL)}, not {type(policy).__name__}"
+            f"{', '.join(kind.__name__ for kind in known)}, not {type(policy).__name__}"
         )

@@ -611,7 +611,7 @@ def test_gradient_noise_scale_of_known_gradients() -> None:
     class Model:
         policy, logger, max_grad_norm = Policy, Logger, 0.5
 
-    Model.batch_size = batch_size  # type: ignore[attr-defined]
+    Model._minibatch_size = batch_size  # type: ignore[attr-defined]
     callback.model = Model  # type: ignore[assignment]
 
     class Stats:

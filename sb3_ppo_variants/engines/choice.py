@@ -20,7 +20,7 @@ from sb3_ppo_variants.rollout import Minibatch
 from sb3_ppo_variants.trust_region import TrustRegion
 
 if TYPE_CHECKING:
-    from sb3_ppo_variants.ppo import PPO
+    from sb3_ppo_variants.algorithm import PPOBase
 
 ENGINES = ("auto", "eager", "fused")
 """Names for PPO's argument ``engine``."""
@@ -39,7 +39,7 @@ class EngineChoice:
         self._said: set[str] = set()
         self._agreements: dict[str, tuple[Any, bool]] = {}
 
-    def engine(self, model: "PPO", coefs: Coefficients, trust_region: TrustRegion | None) -> Engine:
+    def engine(self, model: "PPOBase", coefs: Coefficients, trust_region: TrustRegion | None) -> Engine:
         """
         The engine of an update.
 
@@ -59,7 +59,7 @@ class EngineChoice:
         self._say_why_eager(model, reason)
         return EagerEngine(*arguments)
 
-    def engine_after(self, engine: Engine, obstacle: str, model: "PPO") -> Engine:
+    def engine_after(self, engine: Engine, obstacle: str, model: "PPOBase") -> Engine:
         """
         The engine that goes on where a fused one can't.
 
@@ -71,7 +71,7 @@ class EngineChoice:
         self._say_why_eager(model, obstacle)
         return EagerEngine.taking_over(engine)
 
-    def lean_policy(self, model: "PPO", buffer: RolloutBuffer) -> LeanPolicy | None:
+    def lean_policy(self, model: "PPOBase", buffer: RolloutBuffer) -> LeanPolicy | None:
         """
         What stands in for the policy in a rollout, ``None`` if nothing can.
 
@@ -86,7 +86,7 @@ class EngineChoice:
         self._say(model, "Collecting rollouts as SB3 does, as lean ones differ in their last bits on this machine")
         return None
 
-    def check(self, model: "PPO") -> None:
+    def check(self, model: "PPOBase") -> None:
         """
         Refuse early what :meth:`engine` will refuse.
 
@@ -95,16 +95,16 @@ class EngineChoice:
         if model.engine == "fused" and (reason := self._why_not_fused(model)):
             self._say_why_eager(model, reason)
 
-    def _why_not_fused(self, model: "PPO") -> str | None:
+    def _why_not_fused(self, model: "PPOBase") -> str | None:
         optimizers = [] if model.n_value_epochs is None or model.value_optimizer is None else [model.value_optimizer]
         return why_not_fused(model.policy, model.rollout_buffer, optimizers)
 
-    def _say_why_eager(self, model: "PPO", reason: str) -> None:
+    def _say_why_eager(self, model: "PPOBase", reason: str) -> None:
         if model.engine == "fused":
             raise ValueError(f"`engine` must be 'auto' or 'eager', not 'fused', as {reason}")
         self._say(model, f"Using the eager engine, as {reason}")
 
-    def _say(self, model: "PPO", text: str) -> None:
+    def _say(self, model: "PPOBase", text: str) -> None:
         if model.verbose >= 1 and text not in self._said:
             print(text)
         self._said.add(text)
@@ -128,7 +128,7 @@ class EngineChoice:
 
         return self._look_once("gradients", key, look)
 
-    def _actions_agree(self, lean_policy: LeanPolicy, model: "PPO") -> bool:
+    def _actions_agree(self, lean_policy: LeanPolicy, model: "PPOBase") -> bool:
         """Whether the first observations' actions, values and log-probabilities are the policy's own."""
         observations: Any = model._last_obs
         key = (*model.policy.modules(), len(observations), th.get_num_threads())

@@ -9,8 +9,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_variants.critic import critic_parameters
 from sb3_ppo_variants.engines.engine import Engine, Forward
+from sb3_ppo_variants.evaluation import evaluate_actions, get_distribution, predict_values, unpadded
 from sb3_ppo_variants.kl import DistributionParams, distribution_params
-from sb3_ppo_variants.losses import Evaluation, Metrics, Samples, ppo_loss, value_loss
+from sb3_ppo_variants.losses import Evaluation, Mean, Metrics, Samples, ppo_loss, value_loss
 from sb3_ppo_variants.rollout import Minibatch, minibatches, policy_actions
 
 
@@ -38,8 +39,13 @@ class EagerEngine(Engine):
         """The loss of the current policy on a minibatch."""
         actions = policy_actions(minibatch.samples.actions, self._action_space)
         stale = _inner_distribution(self._policy)
-        values, log_prob, entropy = self._policy.evaluate_actions(minibatch.samples.observations, actions)
+        values, log_prob, entropy = evaluate_actions(self._policy, minibatch.samples, actions)
         params = None if self._trust_region is None else self._params(minibatch, actions, log_prob, stale)
+        kept = unpadded(minibatch.samples)
+        if kept is not None:
+            values, log_prob, entropy = values[kept], log_prob[kept], None if entropy is None else entropy[kept]
+            params = None if params is None else params.map(lambda tensor: tensor[kept])
+        samples = _samples(minibatch)
         kl = None
         if self._coefs.penalizes_kl:
             assert self._trust_region is not None
@@ -47,15 +53,17 @@ class EagerEngine(Engine):
             assert params is not None
             kl = self._trust_region.kl(minibatch.indices, params)
         self._differentiated = None
-        self._loss, metrics = ppo_loss(Evaluation(values.flatten(), log_prob, entropy, kl), _samples(minibatch), self._coefs)
-        log_ratio = log_prob.detach() - minibatch.samples.old_log_prob
+        new = Evaluation(values.flatten(), log_prob, entropy, kl)
+        self._loss, metrics = ppo_loss(new, samples, self._coefs, _mean(minibatch))
+        log_ratio = log_prob.detach() - samples.old_log_prob
         detached = None if params is None else params.map(th.Tensor.detach)
         return Forward(log_ratio, lambda: detached, metrics)
 
     def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
         """The value loss, for a gradient at the critic's own parameters."""
-        values = self._policy.predict_values(minibatch.samples.observations).flatten()
-        loss = value_loss(values, _samples(minibatch), self._coefs.clip_range_vf)
+        values, kept = predict_values(self._policy, minibatch.samples), unpadded(minibatch.samples)
+        values = values if kept is None else values[kept]
+        loss = value_loss(values, _samples(minibatch), self._coefs.clip_range_vf, _mean(minibatch))
         self._differentiated = self._critic_parameters
         self._loss = vf_coef * loss
         return {"value_loss": loss.detach()}
@@ -99,13 +107,14 @@ class EagerEngine(Engine):
         if left and (_is_sb3s(self._policy, "evaluate_actions") or _explains(distribution, actions, log_prob)):
             return distribution_params(distribution)
         if self._coefs.penalizes_kl:
-            return distribution_params(self._policy.get_distribution(minibatch.samples.observations))
+            return distribution_params(get_distribution(self._policy, minibatch.samples))
         return None
 
 
 def _is_sb3s(policy: ActorCriticPolicy, method: str) -> bool:
-    """Whether a method of the policy is SB3's own, not one that a user has put there."""
-    return getattr(getattr(policy, method, None), "__func__", None) is getattr(ActorCriticPolicy, method)
+    """Whether a method of the policy is SB3's or contrib's own, not one that a user has put there."""
+    function = getattr(getattr(policy, method, None), "__func__", None)
+    return getattr(function, "__module__", "").partition(".")[0] in ("stable_baselines3", "sb3_contrib")
 
 
 def _explains(distribution: Any, actions: th.Tensor, log_prob: th.Tensor) -> bool:
@@ -117,9 +126,16 @@ def _explains(distribution: Any, actions: th.Tensor, log_prob: th.Tensor) -> boo
 
 
 def _inner_distribution(policy: ActorCriticPolicy) -> object:
-    return getattr(getattr(policy, "action_dist", None), "distribution", None)
+    distribution = getattr(policy, "action_dist", None)
+    return getattr(distribution, "distribution", None) or getattr(distribution, "distributions", None)
 
 
 def _samples(minibatch: Minibatch) -> Samples:
-    samples = minibatch.samples
-    return Samples(samples.old_values, samples.old_log_prob, samples.advantages, samples.returns)
+    samples, kept = minibatch.samples, unpadded(minibatch.samples)
+    columns = (samples.old_values, samples.old_log_prob, samples.advantages, samples.returns)
+    return Samples(*(columns if kept is None else (column[kept] for column in columns)))
+
+
+def _mean(minibatch: Minibatch) -> Mean:
+    """Where samples are padded, contrib's loss is a mean of squares, with other bits than a mean squared error."""
+    return th.mean if unpadded(minibatch.samples) is None else th.Tensor.mean

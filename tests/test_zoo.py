@@ -134,6 +134,12 @@ def test_given_hyperparameters_win(train: Command) -> None:
     assert model.ent_coef(0.5) == 0.125
 
 
+def test_a_pair_as_clip_range(train: Command) -> None:
+    train("ppo_clip", *SMALL, "clip_range:(0.1, 'lin_0.3')")
+    low, high = PPO.load(f"logs/ppo_clip/{AGENT.format(1)}", device="cpu").clip_range  # type: ignore[misc]
+    assert (low, high(0.5)) == (0.1, 0.15)  # type: ignore[operator]
+
+
 def test_null_is_no_clipping(train: Command) -> None:
     Path("own.yml").write_text(
         "CartPole-v1: {policy: MlpPolicy, n_timesteps: 64, n_steps: 64, clip_range: null, clip_range_vf: null}"

@@ -9,6 +9,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_variants.arguments import is_pair
 from sb3_ppo_variants.ppo import PPO
 from sb3_ppo_variants.zoo import ALGORITHMS
 
@@ -28,7 +29,7 @@ class Manager(ExperimentManager):
     - without ``--conf-file``, our algorithms have the defaults in :mod:`sb3_ppo_variants.zoo.hyperparams`;
     - a hyperparameter that none of our algorithms has is an error before anything is created (the Zoo fails in the
       constructor, and ignores it if it continues a trained agent);
-    - ``null`` is allowed for ``clip_range`` and ``clip_range_vf``;
+    - ``null`` is allowed for ``clip_range`` and ``clip_range_vf``, and a pair for ``clip_range``;
     - a trained agent goes on with the objective of ``--algo``, whatever it was trained with.
 
     Parameters are those of ``ExperimentManager``.
@@ -65,9 +66,10 @@ class Manager(ExperimentManager):
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        none = {name: None for name in ("clip_range", "clip_range_vf") if hyperparams.get(name, 0.0) is None}
-        others = {name: value for name, value in hyperparams.items() if name not in none}
-        return {**ExperimentManager._preprocess_schedules(others), **none}
+        clip_ranges = {name: hyperparams[name] for name in ("clip_range", "clip_range_vf") if name in hyperparams}
+        ours: dict[str, Any] = {name: value for name, value in clip_ranges.items() if value is None or is_pair(value)}
+        others = {name: value for name, value in hyperparams.items() if name not in ours}
+        return {**ExperimentManager._preprocess_schedules(others), **ours}
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         if self.algo in ALGORITHMS:

@@ -14,7 +14,7 @@ from sb3_ppo_variants.engines import LeanPolicy
 from sb3_ppo_variants.evaluation import States, predict_values, state_chunks
 from sb3_ppo_variants.isolation import undisturbed
 from sb3_ppo_variants.rollout import KEPT, drop_others, recompute_advantages, shorten
-from sb3_ppo_variants.vec_env import resets_ahead
+from sb3_ppo_variants.vec_env import Infos, resets_ahead
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.algorithm import PPOBase
@@ -67,7 +67,7 @@ def collect_rollouts(
             callback.update_locals(locals())
         if not callback.on_step():
             return False
-        self._update_info_buffer(infos, dones)
+        self._update_info_buffer(*_of_ended(infos, dones))
         n_steps += 1
         n_episodes += int(np.count_nonzero(dones))
         if isinstance(self.action_space, spaces.Discrete):
@@ -96,6 +96,13 @@ def collect_rollouts(
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
+
+
+def _of_ended(infos: Any, dones: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Those that can tell of an ended episode, where it is known which these are; otherwise all."""
+    if not isinstance(infos, Infos):
+        return infos, dones
+    return infos.of_ended(), dones[dones]
 
 
 def _is_nobody(callback: BaseCallback) -> bool:

@@ -198,6 +198,10 @@ class Infos(Sequence[dict[str, Any]]):
             self._built[chosen] = self._build(chosen)
         return self._built[chosen]
 
+    def of_ended(self) -> list[dict[str, Any]]:
+        """Those of environments whose episode has ended, in their order."""
+        return [self[index] for index in self._final_infos]
+
     def _build(self, index: int) -> dict[str, Any]:
         ended = index in self._final_infos
         source = self._infos["final_info"] if ended and "final_info" in self._infos else self._infos

@@ -56,7 +56,7 @@ VARIANTS: dict[str, Variant] = {
     "clip_higher": _ppo(clip_range=(0.2, 0.28)),
     "dual_clip": _ppo(dual_clip=3.0),
     "spo": _ppo(surrogate="spo"),
-    "truly": _penalty(5.0, kl_rollback=0.025),
+    "truly": _penalty(5.0, kl_rollback=0.03),
     "adaptive_lr": Variant("ppo", {}, {"KLAdaptiveLearningRateCallback": {"target": 0.01}}),
     "sb3_ppo": Variant("sb3_ppo", {}, {}),
     # A2C's own defaults stand before what is set for all variants: its rollouts are short.

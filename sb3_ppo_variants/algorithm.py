@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
@@ -40,7 +41,7 @@ from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import SURROGATES, Coefficients
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
-from sb3_ppo_variants.vec_env import GymnasiumVecEnv, resets_in_next_step
+from sb3_ppo_variants.vec_env import GymnasiumVecEnv, Infos, resets_in_next_step
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="PPOBase")
 T = TypeVar("T")
@@ -231,6 +232,12 @@ class PPOBase(OnPolicyAlgorithm):
         self._update_hooks = UpdateHooks()
         return super()._init_callback(callback, progress_bar)
 
+    def _update_info_buffer(self, infos: Any, dones: np.ndarray | None = None) -> None:
+        # Only of ended episodes there is something to tell: no need to look at thousands of environments at each step.
+        if isinstance(infos, Infos) and dones is not None:
+            infos, dones = [infos[index] for index in infos.ended], np.asarray(dones)[infos.ended]
+        super()._update_info_buffer(infos, dones)
+
     def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
         """
         That of the algorithm.
@@ -398,6 +405,8 @@ class PPOBase(OnPolicyAlgorithm):
             low, high = self.clip_range
             names = ("clip_range[0]", "clip_range[1]")
             return current_value(names[0], low, progress_remaining), current_value(names[1], high, progress_remaining)
+        if self.surrogate == "spo":  # whose range has to stay positive, as it is from the start to the planned end
+            progress_remaining = max(progress_remaining, 0.0)
         return (self.clip_range(progress_remaining),) * 2
 
     def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:

@@ -334,7 +334,8 @@ class TrustRegionLoggingCallback(UpdateCallback):
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = (
         *("learning_rate", "n_steps", "n_envs", "batch_size", "n_epochs", "gamma", "gae_lambda"),
         *("clip_range", "clip_range_vf", "normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl"),
-        *("kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "seed"),
+        *("surrogate", "dual_clip", "kl_coef", "kl_target", "kl_rollback"),
+        *("n_value_epochs", "value_learning_rate", "critic_first", "n_episodes", "seed"),
     )
     METRICS: ClassVar[tuple[str, ...]] = ("rollout/ep_rew_mean", "train/kl", "train/kl_coef", "train/value_loss")
     TENSORBOARD_ONLY: ClassVar[tuple[str, ...]] = ("stdout", "log", "json", "csv")
@@ -357,7 +358,7 @@ class TrustRegionLoggingCallback(UpdateCallback):
         for writer in writers:
             writer.add_custom_scalars(layout)
         hyperparameters = {"algorithm": type(self.model).__name__, "policy": self.model.policy_class.__name__}
-        values = {name: _hyperparameter(getattr(self.model, name)) for name in self.HYPERPARAMETERS}
+        values = {name: _hyperparameter(getattr(self.model, name, None)) for name in self.HYPERPARAMETERS}
         hparam = HParam({**hyperparameters, **values}, dict.fromkeys(self.METRICS, 0.0))
         self.logger.record("hparams", hparam, exclude=self.TENSORBOARD_ONLY)
 
@@ -411,7 +412,7 @@ class GradientNoiseScaleCallback(UpdateCallback):
         self._sum_of_squared_norms = 0.0
 
     def _on_minibatch(self, stats: UpdateStats) -> bool:
-        full = len(stats.minibatch.samples.advantages) == self.model._minibatch_size
+        full = len(stats.log_ratio) == self.model._minibatch_size
         # The scaling of torch's clip_grad_norm_, to be undone.
         scale = min(1.0, self.model.max_grad_norm / (stats.latest("grad_norm") + 1e-6))
         if stats.epochs_completed == 0 and full and scale > 0:

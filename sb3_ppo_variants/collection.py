@@ -14,7 +14,7 @@ from sb3_ppo_variants.engines import LeanPolicy
 from sb3_ppo_variants.evaluation import States, predict_values, state_chunks
 from sb3_ppo_variants.isolation import undisturbed
 from sb3_ppo_variants.rollout import KEPT, drop_others, recompute_advantages, shorten
-from sb3_ppo_variants.vec_env import Infos, resets_ahead
+from sb3_ppo_variants.vec_env import resets_ahead
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.algorithm import PPOBase
@@ -67,7 +67,7 @@ def collect_rollouts(
             callback.update_locals(locals())
         if not callback.on_step():
             return False
-        self._update_info_buffer(*_of_ended(infos, dones))
+        self._update_info_buffer(infos, dones)
         n_steps += 1
         n_episodes += int(np.count_nonzero(dones))
         if isinstance(self.action_space, spaces.Discrete):
@@ -87,7 +87,7 @@ def collect_rollouts(
         else:  # of a kind of its own, or a callback has put a method of its own into it
             rollout_buffer.add(*sample, values, log_probs)  # type: ignore[arg-type]
         self._last_obs = new_obs  # type: ignore[assignment]
-        self._last_episode_starts = dones
+        self._last_episode_starts = np.logical_or(dones, ~kept[-1])
 
     with th.no_grad():
         values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
@@ -96,13 +96,6 @@ def collect_rollouts(
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
-
-
-def _of_ended(infos: Any, dones: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Those that can tell of an ended episode, where it is known which these are; otherwise all."""
-    if not isinstance(infos, Infos):
-        return infos, dones
-    return infos.of_ended(), dones[dones]
 
 
 def _is_nobody(callback: BaseCallback) -> bool:
@@ -172,7 +165,9 @@ def renew_advantages(model: "PPOBase") -> None:
     buffer, policy = model.rollout_buffer, model.policy
     observations: Any = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
     lstm_states = getattr(model, "_last_lstm_states", None)
-    episode_starts = None if lstm_states is None else th.as_tensor(model._last_episode_starts, dtype=th.float32)
+    episode_starts = None
+    if lstm_states is not None:
+        episode_starts = th.as_tensor(model._last_episode_starts, dtype=th.float32, device=model.device)
     with undisturbed(policy):
         chunks = state_chunks(buffer, buffer.buffer_size)
         values = th.cat([predict_values(policy, states) for _, states in chunks])

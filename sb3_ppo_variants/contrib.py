@@ -16,7 +16,7 @@ try:
     import sb3_contrib
     from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
     from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution, MaskableMultiCategoricalDistribution
-    from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
+    from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
     from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 except ImportError as error:
     raise ImportError(
@@ -55,7 +55,32 @@ class MaskablePPO(PPOBase, sb3_contrib.MaskablePPO):
 
         :raises ValueError: if the environment has no ``action_masks``, or they have a wrong shape or allow no action at all
         """
+        if use_masking and not is_masking_supported(env):
+            raise ValueError(
+                f"`env` must have a method `{EXPECTED_METHOD_NAME}`, or be wrapped in sb3-contrib's ActionMasker; without it "
+                "there is `learn(..., use_masking=False)`"
+            )
         return super().collect_rollouts(_CheckedMasks(env), callback, rollout_buffer, n_rollout_steps, use_masking)
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> Any:
+        """
+        Contrib's.
+
+        :raises ValueError: if the masks have a wrong shape or allow no action at all
+        """
+        if action_masks is not None:
+            masks, n_actions = np.asarray(action_masks), sum(_sizes(self.action_space))
+            several = masks.reshape(-1, n_actions) if masks.size % n_actions == 0 else masks[None]
+            for number, each in enumerate(several):
+                _check_masks(each, number, self.action_space)
+        return super().predict(observation, state, episode_start, deterministic, action_masks)
 
 
 class RecurrentPPO(PPOBase, sb3_contrib.RecurrentPPO):

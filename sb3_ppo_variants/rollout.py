@@ -147,12 +147,14 @@ def recompute_advantages(buffer: RolloutBuffer, values: np.ndarray, last_values:
 
 
 def _cut(buffer: RolloutBuffer, cut: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int]) -> None:
-    for name in ("actions", "rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
-        vars(buffer)[name] = cut(vars(buffer)[name])
-    if isinstance(buffer.observations, dict):
-        vars(buffer)["observations"] = {key: cut(array) for key, array in buffer.observations.items()}
-    else:
-        buffer.observations = cut(buffer.observations)
+    def is_of_transitions(value: Any) -> bool:
+        return isinstance(value, np.ndarray) and value.shape[:2] == (buffer.buffer_size, buffer.n_envs)
+
+    for name, value in list(vars(buffer).items()):  # also what a user's buffer keeps beside SB3's
+        if is_of_transitions(value) and name != KEPT:
+            vars(buffer)[name] = cut(value)
+        elif isinstance(value, dict) and value and all(map(is_of_transitions, value.values())):
+            vars(buffer)[name] = {key: cut(array) for key, array in value.items()}
     vars(buffer).setdefault(_SHAPE, (buffer.buffer_size, buffer.n_envs))
     buffer.buffer_size, buffer.n_envs = shape
     buffer.full = True

@@ -24,10 +24,12 @@ class GymnasiumVecEnv(VecEnv):
     What becomes of an ended episode is up to the environment's ``metadata["autoreset_mode"]``:
 
     - ``SAME_STEP``: the next one starts in the same step, as in SB3's own vector environments;
-    - ``DISABLED``: the same, by ``reset(options={"reset_mask": dones})``;
-    - ``NEXT_STEP``: the step behind an episode's last one ignores its action, and leads from the last state to the next
-      episode's first. :attr:`resetting` tells where. This package's algorithms keep these transitions out of their
-      rollouts and don't count them; SB3's own would learn from them. ``VecNormalize`` sees a reward of 0.
+    - ``DISABLED``, and ``NEXT_STEP`` of gymnasium's ``SyncVectorEnv`` and ``AsyncVectorEnv`` (with shared memory): the same,
+      by ``reset(options={"reset_mask": dones})``;
+    - ``NEXT_STEP`` of others: the step behind an episode's last one ignores its action, and leads from the last state to the
+      next episode's first. :attr:`resetting` tells where. This package's PPO keeps these transitions out of its rollouts and
+      doesn't count them; SB3's own algorithms would learn from them, and policies with memory, ``VecFrameStack`` and
+      ``VecMonitor`` would take them for steps. ``VecNormalize`` sees a reward of 0.
 
     :param env: the environments
     :raises TypeError: if they are no ``VectorEnv``
@@ -40,6 +42,9 @@ class GymnasiumVecEnv(VecEnv):
         _check_space(env.single_observation_space)
         self.env = env
         self.autoreset_mode = _autoreset_mode(env)
+        in_next_step = self.autoreset_mode == AutoresetMode.NEXT_STEP
+        self.resets_by_mask = self.autoreset_mode == AutoresetMode.DISABLED or (in_next_step and _takes_reset_masks(env))
+        self.resets_in_next_step = in_next_step and not self.resets_by_mask
         self.resetting = np.zeros(env.num_envs, dtype=bool)
         """Where the next step does nothing but reset, shape (n_envs,), of the moment."""
         self._returns = np.zeros(env.num_envs)
@@ -61,7 +66,7 @@ class GymnasiumVecEnv(VecEnv):
         n_reset = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
         if n_reset != self.num_envs:
             raise ValueError(f"`env` must step all its {self.num_envs} environments at once, not {n_reset} of them")
-        self.reset_infos = list(Infos(infos, self.num_envs))
+        self.reset_infos = [_info_at(infos, index, self.num_envs) for index in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
         for array in (self.resetting, self._returns, self._lengths):
@@ -87,26 +92,26 @@ class GymnasiumVecEnv(VecEnv):
                 final_infos[index]["TimeLimit.truncated"] = bool(truncations[index] and not terminations[index])
                 final_infos[index]["terminal_observation"] = _copy(_at(last_observations, index))
             self._returns[dones], self._lengths[dones] = 0.0, 0
-            if self.autoreset_mode == AutoresetMode.DISABLED:
-                self._reset_ended(observations, dones)
-        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            infos_of_reset = self._reset_ended(observations, dones) if self.resets_by_mask else infos
+            for index in final_infos:
+                self.reset_infos[index] = _info_at(infos_of_reset, index, self.num_envs)
+        if self.resets_in_next_step:
             self.resetting[:] = dones
-        return observations, np.asarray(rewards, np.float32), dones, Infos(infos, self.num_envs, final_infos)  # type: ignore[return-value]
+        # Copies, as rewards and observations are written to, here and by the environment.
+        return observations, np.array(rewards, np.float32), dones, Infos(infos, self.num_envs, final_infos)  # type: ignore[return-value]
 
     def _episode_info(self, index: int) -> dict[str, Any]:
         """As ``Monitor`` tells it."""
         seconds = round(time.time() - self._start, 6)
         return {"episode": {"r": round(float(self._returns[index]), 6), "l": int(self._lengths[index]), "t": seconds}}
 
-    def _reset_ended(self, observations: Any, dones: np.ndarray) -> None:
-        """Put the first observations of the next episodes in the place of last ones."""
+    def _reset_ended(self, observations: Any, dones: np.ndarray) -> dict[str, Any]:
+        """Put the first observations of the next episodes in the place of last ones; returns the reset's infos."""
         first, infos = self.env.reset(options={"reset_mask": dones.copy()})
         pairs = [(observations[key], first[key]) for key in first] if isinstance(first, dict) else [(observations, first)]
         for array, reset in pairs:
             array[dones] = reset[dones]
-        reset_infos = Infos(infos, self.num_envs)
-        for index in map(int, np.flatnonzero(dones)):
-            self.reset_infos[index] = reset_infos[index]
+        return infos
 
     def close(self) -> None:
         """Close all environments."""
@@ -114,11 +119,16 @@ class GymnasiumVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Of each environment; of the vector environment itself, as often, where it doesn't consist of single ones."""
-        inner = self.env.unwrapped
-        if isinstance(inner, SyncVectorEnv | AsyncVectorEnv) and attr_name != "render_mode":
-            values = inner.get_attr(attr_name)
-            return [values[index] for index in self._get_indices(indices)]
-        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+        inner, chosen = self.env.unwrapped, list(self._get_indices(indices))
+        if attr_name == "render_mode" or not isinstance(inner, SyncVectorEnv | AsyncVectorEnv):
+            owner = self.env if hasattr(self.env, attr_name) else inner
+            return [getattr(owner, attr_name) for _ in chosen]
+        if isinstance(inner, SyncVectorEnv):
+            return [inner.envs[index].get_wrapper_attr(attr_name) for index in chosen]
+        if not all(inner.call("has_wrapper_attr", attr_name)):  # asked for what it hasn't got, a process would end
+            raise AttributeError(f"the environments of {inner} have no attribute {attr_name!r}")
+        values = inner.call("get_wrapper_attr", attr_name)
+        return [values[index] for index in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
@@ -198,9 +208,10 @@ class Infos(Sequence[dict[str, Any]]):
             self._built[chosen] = self._build(chosen)
         return self._built[chosen]
 
-    def of_ended(self) -> list[dict[str, Any]]:
-        """Those of environments whose episode has ended, in their order."""
-        return [self[index] for index in self._final_infos]
+    @property
+    def ended(self) -> list[int]:
+        """Environments whose episode has ended."""
+        return list(self._final_infos)
 
     def _build(self, index: int) -> dict[str, Any]:
         ended = index in self._final_infos
@@ -216,7 +227,7 @@ def resets_in_next_step(env: VecEnv) -> bool:
     :param env: any, also one wrapped by SB3's wrappers
     """
     inner = env.unwrapped
-    return isinstance(inner, GymnasiumVecEnv) and inner.autoreset_mode == AutoresetMode.NEXT_STEP
+    return isinstance(inner, GymnasiumVecEnv) and inner.resets_in_next_step
 
 
 def resets_ahead(env: VecEnv) -> np.ndarray:
@@ -246,6 +257,11 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
         allowed = ", ".join(str(each) for each in AutoresetMode)
         raise ValueError(f"`env.metadata['autoreset_mode']` must be one of {allowed}, not {mode!r}")
     return mode
+
+
+def _takes_reset_masks(env: VectorEnv[Any, Any, Any]) -> bool:
+    """Whether environments that would reset in the next step can be told to do so at once; wrappers may not bear that."""
+    return isinstance(env, SyncVectorEnv) or (isinstance(env, AsyncVectorEnv) and bool(env.shared_memory))
 
 
 def _check_space(space: spaces.Space[Any]) -> None:

@@ -28,6 +28,7 @@ from sb3_ppo_variants.critic import critic_parameters
 from tests.environments import RandomEnv
 from tests.test_parity import assert_same_tensors
 from tests.test_ppo import Watch
+from tests.test_vec_env import Native
 
 N_STEPS, N_ENVS = 24, 2
 ROLLOUT = N_STEPS * N_ENVS
@@ -283,7 +284,7 @@ def test_masks_of_a_gymnasium_vector_env() -> None:
 
 @pytest.mark.parametrize(("algorithm", "policy"), [(MaskablePPO, "MlpPolicy"), (RecurrentPPO, "MlpLstmPolicy")])
 def test_environments_that_reset_in_the_next_step(algorithm: Any, policy: str) -> None:
-    env = SyncVectorEnv([lambda: MaskedEnv("box", "discrete")] * N_ENVS)
+    env = Native(SyncVectorEnv([lambda: MaskedEnv("box", "discrete")] * N_ENVS))
     model = algorithm(policy, env, **SETTINGS)
     with pytest.raises(ValueError, match=r"`env` must reset in the same step for (Maskable|Recurrent)PPO"):
         model.learn(ROLLOUT)
@@ -324,9 +325,16 @@ def test_bad_masks(action: str, masks: list[int], message: str) -> None:
         model.learn(ROLLOUT)
 
 
+@pytest.mark.parametrize("masks", [[0, 0, 0], [[1, 1, 1], [0, 0, 0]]])
+def test_bad_masks_for_a_prediction(masks: Any) -> None:
+    observations = np.zeros((np.ndim(masks), 4), dtype=np.float32)[: len(np.atleast_2d(masks))]
+    with pytest.raises(ValueError, match=r"`action_masks` of environment \d must allow an action, not forbid all"):
+        masked().predict(observations, action_masks=np.array(masks))
+
+
 def test_missing_masks() -> None:
     model = MaskablePPO("MlpPolicy", make_vec_env(lambda: RandomEnv("box", "discrete"), 1), **SETTINGS)
-    with pytest.raises(ValueError, match=r"Environment does not support action masking\. Consider using ActionMasker wrapper"):
+    with pytest.raises(ValueError, match=r"`env` must have a method `action_masks`, or be wrapped in .*ActionMasker"):
         model.learn(ROLLOUT)
     model.learn(ROLLOUT, use_masking=False)
 

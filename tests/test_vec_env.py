@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize, VecVideoRecorder
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_ppo_variants import PPO, PPOKL, GymnasiumVecEnv, RewardsToGoRolloutBuffer
 from sb3_ppo_variants.vec_env import Infos
@@ -33,7 +34,7 @@ def make(env: Any, algorithm: type[PPO] = PPO, **kwargs: Any) -> PPO:
     return algorithm(policy, env, **{"n_steps": 24, "batch_size": 12, "n_epochs": 2, "seed": 5, "device": "cpu", **kwargs})
 
 
-@pytest.mark.parametrize("mode", [SAME, DISABLED])
+@pytest.mark.parametrize("mode", AutoresetMode)
 @pytest.mark.parametrize(
     ("observation", "action"),
     [("box", "box"), ("box", "discrete"), ("discrete", "multi_discrete"), ("dict", "multi_binary"), ("image", "box")],
@@ -54,8 +55,9 @@ def test_trains_the_same_beneath_sb3s_wrappers() -> None:
     assert_same_tensors(ours.policy.state_dict(), sb3s.policy.state_dict())
 
 
-def test_trains_the_same_in_processes() -> None:
-    env = AsyncVectorEnv([RandomEnv] * 2, autoreset_mode=SAME)
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_trains_the_same_in_processes(mode: AutoresetMode) -> None:
+    env = AsyncVectorEnv([RandomEnv] * 2, autoreset_mode=mode)
     ours, sb3s = (make(each).learn(100).policy.state_dict() for each in (env, make_vec_env(RandomEnv, 2)))
     env.close()
     assert_same_tensors(ours, sb3s)
@@ -93,8 +95,13 @@ class Clock(gym.Env[Any, Any]):
         return float(np.sin(self.number + self.episode + self.step_number))
 
 
-def clocks(mode: AutoresetMode) -> SyncVectorEnv:
-    return SyncVectorEnv([lambda number=number: Clock(number) for number in range(N_ENVS)], autoreset_mode=mode)  # type: ignore[misc]
+class Native(VectorWrapper[Any, Any, Any, Any, Any]):
+    """Hides that the environments could be reset by a mask, as those that are written as vectors can't."""
+
+
+def clocks(mode: AutoresetMode) -> VectorEnv[Any, Any, Any]:
+    env = SyncVectorEnv([lambda number=number: Clock(number) for number in range(N_ENVS)], autoreset_mode=mode)  # type: ignore[misc]
+    return Native(env) if mode == NEXT else env
 
 
 class Rollouts(BaseCallback):
@@ -158,6 +165,8 @@ def test_no_transition_across_a_reset_is_learned_from(engine: str) -> None:
             np.testing.assert_allclose(rollout["rewards"][mine].flatten(), rewards, rtol=1e-5, atol=1e-6)
             episode, step = states[mine][-1][1:]
             ended = step == clock.last - 1
+            starts = rollout["episode_starts"][mine].flatten()
+            np.testing.assert_array_equal(starts, states[mine][:, 2] == 0)
             behind = np.array([number, episode + 1, 0] if ended else [number, episode, step + 1], dtype=np.float32)
             expected = expected_advantages(model, states[mine], np.array(rewards), behind)
             np.testing.assert_allclose(rollout["advantages"][mine].flatten(), expected, rtol=1e-4, atol=1e-5)
@@ -202,9 +211,9 @@ def test_infos_are_those_of_dummy_vec_env(mode: AutoresetMode) -> None:
         infos, expected = (each.step(np.zeros(N_ENVS, dtype=np.int64))[3] for each in (env, dummy))
         for info, other in zip(infos, expected, strict=True):
             info.pop("episode", None)
-            info.pop("reset", None)  # SAME_STEP: from the new episode's reset, for an environment that goes on
             assert info.keys() == other.keys()
             assert all(np.array_equal(info[key], other[key]) for key in info)
+        assert env.reset_infos == dummy.reset_infos
     assert len(infos[1:]) == N_ENVS - 1
     assert infos[-1] is infos[N_ENVS - 1]
 
@@ -275,7 +284,7 @@ def test_envpool() -> None:
     rollouts = Rollouts()
     model = make(env, seed=None).learn(1000, rollouts)
     assert model.num_timesteps == sum(len(rollout["rewards"]) for rollout in rollouts.rollouts)
-    assert not model.rollout_buffer.rewards[model.rollout_buffer.rewards == 0].any()
+    assert (model.rollout_buffer.rewards > 0).all()  # a step that only resets has a reward of 0
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
@@ -303,7 +312,7 @@ def test_save_load_and_set_env(tmp_path: Any) -> None:
     assert isinstance(loaded.get_env(), GymnasiumVecEnv)
     loaded.learn(50)
     loaded.set_env(clocks(SAME))  # type: ignore[arg-type]
-    loaded.learn(50)
+    assert loaded.learn(50).num_timesteps == 24 * N_ENVS
 
 
 def test_seeds() -> None:
@@ -351,6 +360,16 @@ def test_attributes_and_methods() -> None:
     assert env.env_is_wrapped(gym.wrappers.TimeLimit, 0) == [False]
     assert env.has_attr("number")
     assert not env.has_attr("nothing")
+    before = env.get_attr("step_number")
+    assert env.has_attr("reset")  # without calling it
+    assert env.get_attr("step_number") == before
+    processes = GymnasiumVecEnv(AsyncVectorEnv([RandomEnv] * 2, autoreset_mode=SAME))
+    processes.reset()
+    assert not processes.has_attr("nothing")
+    processes.step(np.zeros((2, 3), dtype=np.float32))  # they are still there
+    processes.close()
+    wrapped = GymnasiumVecEnv(gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec("CartPole-v1", num_envs=2)))
+    assert wrapped.get_attr("gravity") == [9.8, 9.8]
     with pytest.raises(ValueError, match="`indices` must be None, or all of a VectorEnv's 3 environments, not 1"):
         env.set_attr("episode", 8, 1)
     native = GymnasiumVecEnv(gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="vector_entry_point"))
@@ -369,15 +388,65 @@ def test_wrapped_in_a_monitor_too(tmp_path: Any) -> None:
     assert len((tmp_path / "log.monitor.csv").read_text().splitlines()) > 10
 
 
-def test_videos(tmp_path: Any) -> None:
+def test_images() -> None:
     env = GymnasiumVecEnv(gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync", render_mode="rgb_array"))
     assert env.render_mode == "rgb_array"
     env.reset()
     image = env.render()
     assert image is not None
     assert image.shape == (800, 600, 3)
-    assert isinstance(VecVideoRecorder(env, str(tmp_path), lambda step: False), VecEnv)
     env.close()
+
+
+class Reusing(gym.vector.VectorEnv[Any, Any, Any]):
+    """Writes to the same arrays at each step, and truncates every 6th."""
+
+    num_envs = 2
+    metadata: dict[str, Any] = {"autoreset_mode": NEXT}  # noqa: RUF012  # gymnasium's declaration
+    single_observation_space = observation_space = spaces.Box(-1, 1, (2,))
+    single_action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        self.rewards, self.state, self.n_steps = np.ones(2, np.float32), np.zeros((2, 2), np.float32), 0
+        return self.state, {}
+
+    def step(self, actions: Any) -> Any:
+        self.n_steps += 1
+        self.state[:] = self.n_steps / 1000
+        truncated = np.full(2, self.n_steps % 7 == 6)
+        return self.state, self.rewards, np.zeros(2, bool), truncated, {}
+
+
+def test_the_environments_own_arrays_are_left_alone() -> None:
+    env, rollouts = Reusing(), Rollouts()
+    make(env).learn(100, rollouts)
+    assert env.rewards.tolist() == [1, 1]
+    first = rollouts.rollouts[0]["observations"][:10, 0] * 1000
+    assert first.tolist() == pytest.approx([0, 1, 2, 3, 4, 5, 7, 8, 9, 10])  # the 6th is a last state, left out
+
+
+def test_a_rollout_of_nothing_but_resets_is_followed_by_another() -> None:
+    model = make(Reusing(), n_steps=1, batch_size=2, normalize_advantage=False).learn(20)
+    assert model.num_timesteps == 20
+
+
+class WithExtra(RolloutBuffer):
+    """Keeps something beside each transition: here the same as its observation."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.extra = np.zeros_like(self.observations)
+
+    def add(self, obs: Any, *args: Any) -> None:
+        self.extra[self.pos] = obs
+        super().add(obs, *args)
+
+
+def test_what_buffers_of_users_keep_is_cut_too() -> None:
+    model = make(clocks(NEXT), rollout_buffer_class=WithExtra).learn(72)
+    buffer: Any = model.rollout_buffer
+    assert np.array_equal(buffer.swap_and_flatten(buffer.extra), buffer.observations)
+    assert len(buffer.observations) < 72
 
 
 class Odd(VectorEnv[Any, Any, Any]):

@@ -134,6 +134,28 @@ def test_given_hyperparameters_win(train: Command) -> None:
     assert model.ent_coef(0.5) == 0.125
 
 
+@pytest.mark.parametrize(
+    ("before", "arguments", "after", "expected"),
+    [
+        ("ppo", ["surrogate:'spo'"], "ppo_kl", {"surrogate": "clip", "clip_range": None}),
+        ("ppo", ["surrogate:'spo'"], "ppo", {"surrogate": "clip"}),
+        ("ppo", ["dual_clip:3.0"], "ppo_kl", {"dual_clip": None, "clip_range": None}),
+        ("ppo_kl_fixed", ["kl_rollback:0.03"], "ppo_kl", {"kl_rollback": None, "kl_coef": "auto"}),
+        ("ppo_kl", ["kl_coef:'auto_0.3'"], "ppo_kl", {"kl_coef": "auto_0.3"}),
+        ("ppo_kl_fixed", ["kl_coef:0.5"], "ppo_kl_fixed", {"kl_coef": 0.5}),
+    ],
+)
+def test_the_objective_when_training_is_resumed(
+    train: Command, before: str, arguments: list[str], after: str, expected: dict[str, Any]
+) -> None:
+    """That of ``--algo``, with the settings of the file where that has the same one."""
+    Path("own.yml").write_text("CartPole-v1: {policy: MlpPolicy, n_timesteps: 64, n_steps: 64}")
+    train(before, "--conf-file", "own.yml", "-params", *arguments)
+    train(after, "--conf-file", "own.yml", "-i", f"logs/{before}/{AGENT.format(1)}")
+    model = PPO.load(f"logs/{after}/{AGENT.format(1 + (before == after))}", device="cpu")
+    assert {name: getattr(model, name) for name in expected} == expected
+
+
 def test_a_pair_as_clip_range(train: Command) -> None:
     train("ppo_clip", *SMALL, "clip_range:(0.1, 'lin_0.3')")
     low, high = PPO.load(f"logs/ppo_clip/{AGENT.format(1)}", device="cpu").clip_range  # type: ignore[misc]

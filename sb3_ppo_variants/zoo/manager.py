@@ -7,9 +7,11 @@ from typing import Any
 
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.arguments import is_pair
+from sb3_ppo_variants.kl_coef import KLCoefController, parse_kl_coef
 from sb3_ppo_variants.ppo import PPO
 from sb3_ppo_variants.zoo import ALGORITHMS
 
@@ -73,9 +75,21 @@ class Manager(ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         if self.algo in ALGORITHMS:
-            for name in ("clip_range", "kl_coef"):
-                hyperparams.setdefault(name, _default(ALGORITHMS[self.algo], name))
+            saved = load_from_zip_file(self.trained_agent, device="cpu")[0] or {}
+            for name in ("clip_range", "kl_coef", "surrogate", "dual_clip", "kl_rollback"):
+                default = _default(ALGORITHMS[self.algo], name)
+                if _kind(name, saved.get(name, _default(PPO, name))) != _kind(name, default):
+                    hyperparams.setdefault(name, default)
         return super()._load_pretrained_agent(hyperparams, env)
+
+
+def _kind(name: str, value: Any) -> Any:
+    """What of an argument makes an objective another one: clipping or none; no penalty, a fixed or an adaptive one."""
+    if name == "clip_range":
+        return value is None
+    if name == "kl_coef":
+        return isinstance(parse_kl_coef(value), KLCoefController), bool(value)
+    return value
 
 
 def _default(algorithm: type[BaseAlgorithm], argument: str) -> Any:

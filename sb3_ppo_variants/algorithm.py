@@ -145,7 +145,10 @@ class PPOBase(OnPolicyAlgorithm):
         clip_range = vars(self).get("clip_range")
         if check_choice("surrogate", self.surrogate, SURROGATES) == "spo":
             if clip_range is None or is_pair(clip_range):
-                raise ValueError(f"`clip_range` must be a number > 0 or a schedule for `surrogate='spo'`, not {clip_range!r}")
+                raise ValueError(
+                    f"`clip_range` must be a number > 0, or a schedule that stays above 0, for `surrogate='spo'`, "
+                    f"not {clip_range!r}"
+                )
             check_coefficient("clip_range", clip_range, check_positive)
         if self.dual_clip is not None:
             check_real("dual_clip", self.dual_clip, "None or a number > 1", lambda number: number > 1)
@@ -197,7 +200,7 @@ class PPOBase(OnPolicyAlgorithm):
             )
         self.value_optimizer = self.policy.optimizer_class(
             parameters,
-            lr=self._value_learning_rate(),  # type: ignore[call-arg]
+            lr=max(self._value_learning_rate(), 0.0),  # type: ignore[call-arg]  # SB3's schedules may end below 0
             **self.policy.optimizer_kwargs,
         )
         self._value_optimizer_policy = self.policy

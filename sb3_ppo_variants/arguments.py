@@ -151,11 +151,13 @@ def current_value(
 
     :param name: the argument, for the error message
     :param value: a number, or a function of the progress remaining
-    :param progress_remaining: from 1 (start of training) to 0 (its end)
+    :param progress_remaining: from 1 (start of training) to 0 (its end); what is below 0 counts as 0
     :param check: what the schedule's value has to pass
     :raises TypeError: if the schedule returns no number
     :raises ValueError: if what the schedule returns is not allowed
     """
     if not callable(value):
         return value
+    # SB3's progress falls below 0 in a last rollout that goes beyond the planned end, where no schedule has been tried.
+    progress_remaining = max(progress_remaining, 0.0)
     return check(f"{name}(progress_remaining={progress_remaining})", value(progress_remaining))

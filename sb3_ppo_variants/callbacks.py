@@ -215,7 +215,9 @@ class KLEarlyStoppingCallback(UpdateCallback):
     def _take_snapshot(self) -> None:
         if self.restore:
             policy = self.model.policy
-            critics_own = set(critic_parameters(policy)) if self.stop == "policy" else set()
+            # With passes of its own, before the policy's or behind them, the critic has no part in this.
+            apart = self.stop == "policy" or self.model.n_value_epochs is not None
+            critics_own = set(critic_parameters(policy)) if apart else set()
             parameters = [parameter for parameter in policy.parameters() if parameter not in critics_own]
             self._snapshot = Snapshot(policy, parameters, policy.optimizer)
 

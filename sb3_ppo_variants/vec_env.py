@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -57,12 +57,16 @@ class GymnasiumVecEnv(VecEnv):
         """
         Start an episode in every environment.
 
-        :raises ValueError: if ``set_options`` has been given different options for different environments, or if not all
-            environments are reset at once
+        :raises ValueError: if ``set_options`` has been given different options for different environments, if not all
+            environments are reset at once, or if infos are not gymnasium's
         """
         if any(options != self._options[0] for options in self._options):
             raise ValueError(f"`options` must be the same for all environments of a VectorEnv, not {self._options!r}")
         observations, infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
+        if not isinstance(infos, dict):
+            raise ValueError(
+                f"`env` must return infos as a dict of arrays, without DictInfoToList, not {type(infos).__name__}"
+            )
         n_reset = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
         if n_reset != self.num_envs:
             raise ValueError(f"`env` must step all its {self.num_envs} environments at once, not {n_reset} of them")
@@ -82,7 +86,13 @@ class GymnasiumVecEnv(VecEnv):
         observations, rewards, terminations, truncations, infos = self.env.step(self._actions)
         observations = _copy(observations)
         dones = np.logical_or(terminations, truncations)
-        self._returns += rewards
+        if (dones & self.resetting).any():
+            number = int(np.flatnonzero(dones & self.resetting)[0])
+            raise ValueError(
+                f"`env` ends an episode of environment {number} in the step that only resets it: "
+                f"`env.metadata['autoreset_mode']` must be another than {self.autoreset_mode}"
+            )
+        self._returns += np.where(self.resetting, 0.0, rewards)
         self._lengths += ~self.resetting
         final_infos: dict[int, dict[str, Any]] = {}
         if dones.any():
@@ -242,10 +252,10 @@ def resets_ahead(env: VecEnv) -> np.ndarray:
         return np.zeros(env.num_envs, dtype=bool)
     resetting: np.ndarray = env.unwrapped.resetting  # type: ignore[attr-defined]
     while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecFrameStack):
+        if isinstance(env, (VecFrameStack, VecMonitor)):
             raise ValueError(
-                "`env` must not be a VecFrameStack of an environment that resets in the next step, as frames of the last "
-                "episode would get into the next: make it with `autoreset_mode=AutoresetMode.SAME_STEP`"
+                f"`env` must not be a {type(env).__name__} of an environment that resets in the next step, as it would take "
+                "that step for one of the episode: make it with `autoreset_mode=AutoresetMode.SAME_STEP`"
             )
         env = env.venv
     return resetting

@@ -54,9 +54,13 @@ class NoRolloutBuffer:
         (
             {"surrogate": "spo", "clip_range": None},
             ValueError,
-            "`clip_range` must be a number > 0 or a schedule for .*, not None",
+            "`clip_range` must be a number > 0, or a schedule .*, not None",
         ),
-        ({"surrogate": "spo", "clip_range": (0.1, 0.2)}, ValueError, "`clip_range` must be a number > 0 or a schedule for"),
+        (
+            {"surrogate": "spo", "clip_range": (0.1, 0.2)},
+            ValueError,
+            "`clip_range` must be a number > 0, or a schedule that stays above 0, for",
+        ),
         ({"surrogate": "spo", "clip_range": "lin_0.2"}, ValueError, r"`clip_range\(progress_remaining=0\.0\)` must be .* > 0"),
         ({"dual_clip": 1.0}, ValueError, r"`dual_clip` must be None or a number > 1, not 1\.0"),
         (

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_ppo_variants import PPO, PPOKL, KLCoefController, UpdateCallback, UpdateStats
+from sb3_ppo_variants import PPO, PPOKL, KLCoefController, KLEarlyStoppingCallback, UpdateCallback, UpdateStats
 from sb3_ppo_variants.critic import critic_parameters
 from tests.environments import ACTION_SPACES, RandomEnv
 from tests.test_parity import assert_same_tensors
@@ -288,6 +289,36 @@ def test_the_critics_own_passes_in_all_spaces(observation: str, action: str) -> 
 def test_the_critics_own_passes_lower_its_loss() -> None:
     losses = learn(make(n_value_epochs=40, batch_size=48, value_learning_rate=1e-2)).updates[0].series("value_loss")
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kl_coef": lambda progress: 3 * progress},
+        {"clip_range": (lambda progress: 0.2 * progress, 0.3)},
+        {"n_value_epochs": 1, "value_learning_rate": lambda progress: 1e-3 * progress},
+        {"surrogate": "spo", "clip_range": lambda progress: 0.2 * progress + 0.01},
+    ],
+)
+def test_schedules_beyond_the_planned_end_stay_at_their_last_value(kwargs: dict[str, Any]) -> None:
+    """The last rollout goes beyond it, and SB3's progress below 0."""
+    model = make(**kwargs).learn(60)
+    assert model._current_progress_remaining < 0
+
+
+def test_a_learning_rate_that_has_fallen_below_0_can_be_loaded(tmp_path: Path) -> None:
+    make(n_value_epochs=2, learning_rate=lambda progress: 3e-4 * progress).learn(60).save(tmp_path / "model")
+    PPO.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("per", ["minibatch", "epoch"])
+def test_restoring_the_policy_leaves_a_critic_alone_that_came_first(per: str) -> None:
+    model = make(n_value_epochs=5, critic_first=True, value_learning_rate=1e-2)
+    before = {name: tensor.clone() for name, tensor in model.policy.named_parameters()}
+    model.learn(48, callback=KLEarlyStoppingCallback(1e-12, per=per, restore=True))
+    own = {id(parameter) for parameter in critic_parameters(model.policy)}
+    for name, parameter in model.policy.named_parameters():
+        assert th.equal(parameter, before[name]) == (id(parameter) not in own)
 
 
 @pytest.mark.parametrize("engine", ["eager", "fused"])

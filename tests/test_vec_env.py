@@ -490,10 +490,36 @@ def test_environments_that_come_in_parts() -> None:
         PPO("MlpPolicy", Odd(), n_steps=8, batch_size=8).learn(8)
 
 
-def test_no_frame_stack_over_resets() -> None:
-    stacked = VecFrameStack(GymnasiumVecEnv(clocks(NEXT)), 2)
-    with pytest.raises(ValueError, match="`env` must not be a VecFrameStack of an environment that resets in the next step"):
-        make(stacked).learn(50)
+@pytest.mark.filterwarnings("ignore:The environment is already wrapped with a `Monitor`")
+@pytest.mark.parametrize(("kind", "arguments"), [(VecFrameStack, (2,)), (VecMonitor, ())])
+def test_no_wrapper_that_takes_resets_for_steps(kind: Any, arguments: Any) -> None:
+    wrapped = kind(GymnasiumVecEnv(clocks(NEXT)), *arguments)
+    message = f"`env` must not be a {kind.__name__} of an environment that resets in the next step"
+    with pytest.raises(ValueError, match=message):
+        make(wrapped).learn(50)
+
+
+def test_a_reward_of_the_step_that_resets_is_none_of_an_episode() -> None:
+    env = GymnasiumVecEnv(gym.wrappers.vector.TransformReward(clocks(NEXT), lambda rewards: rewards * 0 - 1))
+    env.reset()
+    told = [info["episode"] for _ in range(30) for info in env.step(np.zeros(N_ENVS, int))[3] if "episode" in info]
+    assert len(told) > 10
+    assert all(episode["r"] == -episode["l"] for episode in told)
+
+
+def test_an_episode_that_ends_in_the_step_that_resets() -> None:
+    class Sticky(Reusing):
+        def step(self, actions: Any) -> Any:
+            return self.state, self.rewards, np.ones(2, bool), np.zeros(2, bool), {}
+
+    with pytest.raises(ValueError, match="`env` ends an episode of environment 0 in the step that only resets it"):
+        make(Sticky()).learn(20)
+
+
+def test_infos_as_lists() -> None:
+    env = gym.wrappers.vector.DictInfoToList(gym.make_vec("CartPole-v1", num_envs=2))
+    with pytest.raises(ValueError, match="`env` must return infos as a dict of arrays, without DictInfoToList, not list"):
+        make(env).learn(20)
 
 
 def test_not_a_vector_env() -> None:

@@ -618,9 +618,7 @@ def test_gradient_noise_scale_of_known_gradients() -> None:
         epochs_completed = 0
         grad_norm = 0.0
 
-        class minibatch:  # noqa: N801
-            class samples:  # noqa: N801
-                advantages = th.zeros(batch_size)
+        log_ratio = th.zeros(batch_size)
 
         def latest(self, name: str) -> float:
             return self.grad_norm

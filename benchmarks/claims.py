@@ -10,7 +10,7 @@ from typing_extensions import Self
 from benchmarks.job import Model
 from benchmarks.result import Result
 
-MEASURES = Literal["updates_to_return", "last_rollout_return", "lowest_rollout_return", "best_return"]
+MEASURES = Literal["updates_to_return", "last_rollout_return", "lowest_rollout_return", "best_return", "final_return"]
 
 
 class Claim(Model):
@@ -23,7 +23,7 @@ class Claim(Model):
     :param measure: ``updates_to_return``: the number of rollouts until the mean return of a rollout's episodes reaches
         ``of_return``, infinite if never; ``last_rollout_return``: that mean in the last one; ``lowest_rollout_return``: the
         smallest of these means from rollout ``from_update`` on; ``best_return``: the largest mean return of 100 consecutive
-        episodes
+        episodes; ``final_return``: the report's, over the last tenth of the training
     :param of_return: see there
     :param from_update: see there
     :param at_least: the measure's lower bound
@@ -62,6 +62,8 @@ class Claim(Model):
     def _value(self, result: Result) -> float:
         if self.measure == "best_return":
             return float(result.mean_returns.max())
+        if self.measure == "final_return":
+            return result.final_return
         returns = result.returns_by_update
         if self.measure == "last_rollout_return":
             return float(returns.iloc[-1])

@@ -63,6 +63,7 @@ def test_number_of_rollouts_until_a_return_is_reached() -> None:
 def test_last_and_best_returns() -> None:
     result = run([5.0] * 100 + [1.0] * 100, n_updates=20)
     assert claim(measure="last_rollout_return", at_least=1).values([result]).tolist() == [1.0]
+    assert claim(measure="final_return", at_least=1).values([result]).tolist() == [1.0]
     assert claim(measure="best_return", at_least=1).values([result]).tolist() == [5.0]
     lowest = claim(measure="lowest_rollout_return", from_update=10, at_least=1)
     assert lowest.values([run([0.0] * 90 + [5.0] * 100 + [2.0] * 10, n_updates=20)]).tolist() == [2.0]

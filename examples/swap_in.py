@@ -2,7 +2,7 @@
 An SB3 script as there are many, with one import changed: it evaluates during training, keeps the best model and loads it.
 
 Everything that it prints and writes is what SB3's PPO gives, to the last bit of the weights, but for the times, which are
-shorter. CartPole-v1 is solved: the last line says 500.
+shorter. CartPole-v1 is solved.
 """
 
 from stable_baselines3.common.callbacks import EvalCallback

@@ -44,7 +44,7 @@ def test_swap_in_trains_what_sb3_trains(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_kl_early_stopping_stops(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("kl_early_stopping").main(timesteps=8192) < 0
+    assert load("kl_early_stopping").main(timesteps=8192) > 22  # what random actions give
     assert "exceeds 0.03" in capsys.readouterr().out
 
 

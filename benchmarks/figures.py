@@ -16,8 +16,9 @@ from benchmarks.variants import VARIANTS
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, told apart by colour-blind readers too."""
@@ -129,47 +130,66 @@ def divergence(cells: Cells, styles: Styles, path: Path) -> None:
     if not told:
         return
     envs, variants = _axes_of(told)
+    penalized = any((result.updates["kl_coef"] > 0).any() for results in told.values() for result in results)
     figure, axes = plt.subplots(
-        len(envs), 2, figsize=(11, 0.9 + (0.6 + 0.25 * len(variants)) * len(envs) + 1.2), layout="constrained", squeeze=False
+        *(len(envs), 1 + penalized),
+        figsize=(11 if penalized else 8.5, 0.9 + (0.6 + 0.25 * len(variants)) * len(envs) + 1.2),
+        layout="constrained",
+        squeeze=False,
     )
-    for (left, right), env in zip(axes, envs, strict=True):
-        shown = [variant for variant in variants if (env, variant) in told]
-        kls = [pd.concat([result.updates["kl"] for result in told[env, variant]]) for variant in shown]
-        positive = [kl[kl > 0].to_numpy() for kl in kls]
-        left.boxplot(
-            positive,
-            orientation="horizontal",
-            tick_labels=shown,
-            whis=(5, 95),
-            showfliers=False,
-            widths=0.6,
-            medianprops={"color": COLORS[0]},
-        )
-        left.invert_yaxis()
-        targets = {result.job.arguments.get("kl_target") for variant in shown for result in told[env, variant]}
-        for target in targets - {None}:
-            left.axvline(target, color="grey", linestyle=":", lw=1)
-        left.set(title=f"{env}: KL(old || new) of an update", xlabel="nats", xscale="log")
-        for variant in variants:
-            results = told.get((env, variant), [])
-            if any((result.updates["kl_coef"] > 0).any() for result in results):
-                steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
-                _band(right, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
-        right.set(title=f"{env}: coefficient β", xlabel="time steps", yscale="log")
-        for ticks in (left.xaxis, right.yaxis):
-            low, high = ticks.get_view_interval()
-            ticks.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
-            ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ticks.set_minor_formatter(NullFormatter())
-        right.xaxis.set_major_formatter(EngFormatter(sep=""))
-        right.set_visible(bool(right.lines))
-        if right.lines:
-            right.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    for row, env in zip(axes, envs, strict=True):
+        own = {variant: told[env, variant] for variant in variants if (env, variant) in told}
+        _draw_kls(row[0], own)
+        row[0].set_title(f"{env}: KL(old || new) of an update")
+        if penalized:
+            _draw_betas(row[1], own, styles)
+            row[1].set_title(f"{env}: coefficient β")
     _save(
         figure,
         path,
         "Boxes: quartiles of all updates that moved the policy, whiskers: 5 % and 95 %; dotted: targets of the adaptive rule",
     )
+
+
+def _draw_kls(axis: Axes, cells: Mapping[str, Sequence[Result]]) -> None:
+    """A box a variant; those of updates that moved nothing have no place on a logarithmic axis."""
+    kls = [pd.concat([result.updates["kl"] for result in results]) for results in cells.values()]
+    axis.boxplot(
+        [kl[kl > 0].to_numpy() for kl in kls],
+        orientation="horizontal",
+        tick_labels=list(cells),
+        whis=(5, 95),
+        showfliers=False,
+        widths=0.6,
+        medianprops={"color": COLORS[0]},
+    )
+    axis.invert_yaxis()
+    arguments = [result.job.arguments for results in cells.values() for result in results]
+    for target in {float(each["kl_target"]) for each in arguments if each.get("kl_target") is not None}:
+        axis.axvline(target, color="grey", linestyle=":", lw=1)
+    axis.set(xlabel="nats", xscale="log")
+    _few_ticks(axis.xaxis)
+
+
+def _draw_betas(axis: Axes, cells: Mapping[str, Sequence[Result]], styles: Styles) -> None:
+    for variant, results in cells.items():
+        if any((result.updates["kl_coef"] > 0).any() for result in results):
+            steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
+            _band(axis, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
+    axis.set(xlabel="time steps", yscale="log")
+    _few_ticks(axis.yaxis)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_visible(bool(axis.lines))
+    if axis.lines:
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _few_ticks(axis: Axis) -> None:
+    """Numbers that can be read on a logarithmic axis, however little of it is shown."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MaxNLocator(4) if high < 10 * low else LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def profiles(scores: Mapping[str, Sequence[np.ndarray]], styles: Styles, path: Path) -> None:
@@ -331,7 +351,7 @@ def _band(axis: Axes, steps: np.ndarray, curves: np.ndarray, label: str, styles:
 
 def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside right upper")
+    figure.legend(handles, labels, frameon=False, loc="outside right center")
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:

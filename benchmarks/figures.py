@@ -81,7 +81,7 @@ def learning_curves(cells: Cells, styles: Styles, path: Path) -> None:
     for env, axis in panels:
         for variant in variants:
             if results := cells.get((env, variant)):
-                steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
+                steps = _points(results[0])
                 _band(axis, steps, np.array([returns_at(result, steps) for result in results]), variant, styles)
         axis.set(title=env, xlabel="time steps", ylabel="return")
         if not axis.lines:
@@ -108,7 +108,7 @@ def all_seeds(cells: Cells, path: Path) -> None:
     for row, env in zip(axes, envs, strict=True):
         for axis, variant in zip(row, variants, strict=True):
             for result in cells.get((env, variant), []):
-                steps = np.linspace(0, result.job.timesteps, N_POINTS + 1)[1:]
+                steps = _points(result)
                 axis.plot(steps, returns_at(result, steps), color=COLORS[0], alpha=0.6, lw=0.8)
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.spines[["top", "right"]].set_visible(False)
@@ -130,19 +130,23 @@ def divergence(cells: Cells, styles: Styles, path: Path) -> None:
     if not told:
         return
     envs, variants = _axes_of(told)
-    penalized = any((result.updates["kl_coef"] > 0).any() for results in told.values() for result in results)
+    penalized = {
+        key: results for key, results in told.items() if any((result.updates["kl_coef"] > 0).any() for result in results)
+    }
+    n_columns = 2 if penalized else 1
     figure, axes = plt.subplots(
-        *(len(envs), 1 + penalized),
+        *(len(envs), n_columns),
         figsize=(11 if penalized else 8.5, 0.9 + (0.6 + 0.25 * len(variants)) * len(envs) + 1.2),
         layout="constrained",
         squeeze=False,
     )
     for row, env in zip(axes, envs, strict=True):
-        own = {variant: told[env, variant] for variant in variants if (env, variant) in told}
-        _draw_kls(row[0], own)
+        _draw_kls(row[0], {variant: told[env, variant] for variant in variants if (env, variant) in told})
         row[0].set_title(f"{env}: KL(old || new) of an update")
         if penalized:
-            _draw_betas(row[1], own, styles)
+            _draw_betas(
+                row[1], {variant: penalized[env, variant] for variant in variants if (env, variant) in penalized}, styles
+            )
             row[1].set_title(f"{env}: coefficient β")
     _save(
         figure,
@@ -173,9 +177,8 @@ def _draw_kls(axis: Axes, cells: Mapping[str, Sequence[Result]]) -> None:
 
 def _draw_betas(axis: Axes, cells: Mapping[str, Sequence[Result]], styles: Styles) -> None:
     for variant, results in cells.items():
-        if any((result.updates["kl_coef"] > 0).any() for result in results):
-            steps = np.linspace(0, results[0].job.timesteps, N_POINTS + 1)[1:]
-            _band(axis, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
+        steps = _points(results[0])
+        _band(axis, steps, np.array([_latest(result, "kl_coef", steps) for result in results]), variant, styles)
     axis.set(xlabel="time steps", yscale="log")
     _few_ticks(axis.yaxis)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -313,6 +316,11 @@ def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
     axes[-1, 0].set(xlabel="times as long as this package (bars: median of rounds; whiskers: smallest and largest)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _points(result: Result) -> np.ndarray:
+    """Time steps, evenly spread over a run, at which its curves are drawn."""
+    return np.linspace(0, result.job.timesteps, N_POINTS + 1)[1:]
 
 
 def _latest(result: Result, column: str, steps: np.ndarray) -> np.ndarray:

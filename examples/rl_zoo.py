@@ -24,20 +24,9 @@ FOLDER = Path("runs/rl_zoo")
 def main(algorithms: Sequence[str] = ("ppo_clip", "ppo_kl", "ppo_kl_fixed"), timesteps: int = 50_000) -> dict[str, float]:
     returns = {}
     for algo in algorithms:
-        train = [sys.executable, "-m", "sb3_ppo_variants.train", "--algo", algo, "--env", ENV, "--conf-file", str(CONFIG)]
-        options = [
-            "--log-folder",
-            str(FOLDER),
-            "--n-timesteps",
-            str(timesteps),
-            "--seed",
-            "0",
-            "--device",
-            "cpu",
-            "--verbose",
-            "0",
-        ]
-        subprocess.run([*train, *options], check=True)
+        options = f"--algo {algo} --env {ENV} --n-timesteps {timesteps} --seed 0 --device cpu --verbose 0".split()
+        paths = ["--conf-file", str(CONFIG), "--log-folder", str(FOLDER)]
+        subprocess.run([sys.executable, "-m", "sb3_ppo_variants.train", *options, *paths], check=True)
 
         run = get_latest_run_id(str(FOLDER / algo), ENV)
         model = PPO.load(FOLDER / algo / f"{ENV}_{run}" / f"{ENV}.zip", device="cpu")

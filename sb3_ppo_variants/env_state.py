@@ -7,14 +7,19 @@ whole would not do: many, such as gymnasium's MuJoCo environments, pickle only h
 
 import pickle
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium as gym
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv, VectorWrapper
 from stable_baselines3.common.monitor import ResultsWriter
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+
+from sb3_ppo_variants.vec_env import GymnasiumVecEnv
 
 DRAWING = frozenset(
     ("mujoco_renderer", "renderer", "viewer", "screen", "surf", "clock", "isopen", "window", "screens", "window_surface")
@@ -22,11 +27,18 @@ DRAWING = frozenset(
 """Attributes that environments draw with."""
 
 
+INNER = ("envs", "remotes", "work_remotes", "processes", "class_attributes")
+"""Attributes of SB3's vector environments that lead to others."""
+
+
+AnyEnv: TypeAlias = "gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv"
+
+
 class UncapturedStateError(Exception):
     """An environment has state that can't be taken out of it."""
 
 
-def capture(env: gym.Env[Any, Any]) -> list[bytes]:
+def capture(env: AnyEnv) -> list[bytes]:
     """
     The state of an environment and of its wrappers.
 
@@ -37,7 +49,7 @@ def capture(env: gym.Env[Any, Any]) -> list[bytes]:
     return [_capture_layer(layer) for layer in _layers(env)]
 
 
-def restore(env: gym.Env[Any, Any], state: list[bytes]) -> None:
+def restore(env: AnyEnv, state: list[bytes]) -> None:
     """
     Put a state into an environment that is built as the one it was taken from.
 
@@ -52,28 +64,34 @@ def restore(env: gym.Env[Any, Any], state: list[bytes]) -> None:
         kind, attributes = pickle.loads(pickled)
         if kind != _kind(layer):
             raise ValueError(f"`env` must have a {kind} as when it was saved, not a {_kind(layer)}: {env}")
-        for name, value in attributes.items():
-            if isinstance(value, _Generators):
-                value.put_into(vars(layer)[name])
-            elif _is_mujoco_data(value):
-                sys.modules["mujoco"].mj_copyData(vars(layer)[name], vars(layer)["model"], value)
-            else:
-                vars(layer)[name] = value
+        _put(attributes, layer)
 
 
-def _layers(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
-    while isinstance(env, gym.Wrapper):
+def _put(attributes: dict[str, Any], layer: Any) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, _InPlace):
+            value.put_into(vars(layer)[name])
+        elif _is_mujoco_data(value):
+            sys.modules["mujoco"].mj_copyData(vars(layer)[name], vars(layer)["model"], value)
+        else:
+            vars(layer)[name] = value
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    while isinstance(env, (gym.Wrapper, VectorWrapper, VecEnvWrapper)):
         yield env
-        env = env.env
+        env = env.venv if isinstance(env, VecEnvWrapper) else env.env
     yield env
 
 
-def _kind(layer: gym.Env[Any, Any]) -> str:
+def _kind(layer: object) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def _capture_layer(layer: gym.Env[Any, Any]) -> bytes:
-    attributes = {name: _content(value) for name, value in vars(layer).items() if not _is_built(name, value)}
+def _capture_layer(layer: Any) -> bytes:
+    if any(base.__name__ == "pybind11_object" for base in type(layer).__mro__):
+        raise UncapturedStateError(f"{_kind(layer)} keeps its state outside of Python")
+    attributes = {name: _content(value) for name, value in vars(layer).items() if not _is_built(layer, name, value)}
     try:
         return pickle.dumps((_kind(layer), attributes))  # at once, as attributes may share objects
     except Exception as error:
@@ -82,16 +100,21 @@ def _capture_layer(layer: gym.Env[Any, Any]) -> bytes:
         raise UncapturedStateError(f"{names} of {_kind(layer)} can't be pickled: {error}") from error
 
 
-def _is_built(name: str, value: Any) -> bool:
+def _is_built(layer: Any, name: str, value: Any) -> bool:
     """Whether an attribute is given by how the environment is built, or what it draws or logs with."""
     drawing = name in DRAWING
-    given = name in ("_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs")
-    built = isinstance(value, (gym.Env, EnvSpec, FunctionType, MethodType, ModuleType, type, ResultsWriter))
-    return drawing or given or built or type(value).__name__ == "MjModel"
+    given = name in ("_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs") or (isinstance(layer, VecEnv) and name in INNER)
+    built = isinstance(value, (gym.Env, VectorEnv, VecEnv, EnvSpec, FunctionType, MethodType, ModuleType, type, ResultsWriter))
+    functions = isinstance(value, (list, tuple)) and bool(value) and all(map(callable, value))
+    return drawing or given or built or functions or type(value).__name__ == "MjModel"
 
 
 def _content(value: Any) -> Any:
-    return _Generators(value) if isinstance(value, spaces.Space) else value
+    if isinstance(value, spaces.Space):
+        return _Generators(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, gym.Env) for each in value):
+        return _Environments(value)
+    return value
 
 
 def _is_mujoco_data(value: Any) -> bool:
@@ -106,9 +129,33 @@ def _can_be_pickled(value: Any) -> bool:
     return True
 
 
-class _Generators:
+class _InPlace(ABC):
+    """A value that is put into another one, as that belongs to others too."""
+
+    @abstractmethod
+    def put_into(self, value: Any) -> None:
+        """Change a value of the same kind."""
+
+
+class _Environments(_InPlace):
     """
-    The random generators of a space and of those that it consists of; the space itself belongs to others too.
+    The states of several environments.
+
+    :param envs: the environments
+    """
+
+    def __init__(self, envs: Sequence[gym.Env[Any, Any]]) -> None:
+        self.states = [capture(env) for env in envs]
+
+    def put_into(self, value: Sequence[gym.Env[Any, Any]]) -> None:
+        """Into as many environments."""
+        for env, state in zip(value, self.states, strict=True):
+            restore(env, state)
+
+
+class _Generators(_InPlace):
+    """
+    The random generators of a space and of those that it consists of.
 
     :param space: the space
     """
@@ -117,13 +164,104 @@ class _Generators:
         self.own = space._np_random
         self.of_parts = [_Generators(part) for part in _parts(space)]
 
-    def put_into(self, space: spaces.Space[Any]) -> None:
-        """Give them to a space of the same kind."""
-        space._np_random = self.own
-        for generators, part in zip(self.of_parts, _parts(space), strict=True):
+    def put_into(self, value: spaces.Space[Any]) -> None:
+        """Into a space of the same kind."""
+        value._np_random = self.own
+        for generators, part in zip(self.of_parts, _parts(value), strict=True):
             generators.put_into(part)
 
 
 def _parts(space: spaces.Space[Any]) -> list[spaces.Space[Any]]:
     inner = getattr(space, "spaces", ())
     return list(inner.values() if isinstance(inner, dict) else inner)
+
+
+class ResumableWrapper(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Lets the state of an environment in another process be captured: ``make_vec_env(..., wrapper_class=ResumableWrapper)``.
+
+    Environments in a ``DummyVecEnv`` don't need it.
+    """
+
+    def capture_state(self) -> list[bytes] | str:
+        """The state of the wrapped environment; where it can't be captured, why."""
+        try:
+            return capture(self.env)
+        except UncapturedStateError as error:
+            return str(error)
+
+    def restore_state(self, state: list[bytes]) -> None:
+        """
+        Put a state into the wrapped environment.
+
+        :param state: as :meth:`capture_state` returns it
+        """
+        restore(self.env, state)
+
+
+class VecEnvState(NamedTuple):
+    """
+    The state of a vector environment.
+
+    :param wrappers: of SB3's wrappers and the vector environment itself, from the outermost inwards
+    :param envs: of the environments in it; where that can't be captured, why
+    """
+
+    wrappers: list[bytes]
+    envs: Any
+
+
+def capture_vec_env(venv: VecEnv) -> VecEnvState:
+    """
+    The state of a vector environment, and of the environments in it where that can be captured.
+
+    :param venv: the vector environment
+    :raises UncapturedStateError: if a wrapper's attribute can't be pickled; the message names it
+    """
+    try:
+        envs = _capture_envs(venv.unwrapped)
+    except UncapturedStateError as error:
+        envs = str(error)
+    return VecEnvState([_capture_layer(layer) for layer in _layers(venv)], envs)
+
+
+def restore_vec_env(venv: VecEnv, state: VecEnvState) -> bool:
+    """
+    Put a state into a vector environment that is built as the one it was taken from.
+
+    :param venv: the vector environment
+    :param state: as :func:`capture_vec_env` returns it
+    :return: whether the environments in it go on where they were; else they have to be reset
+    :raises ValueError: if it is built in another way
+    """
+    restore(venv, state.wrappers)
+    if isinstance(state.envs, str):
+        return False
+    inner: Any = venv.unwrapped
+    match inner:
+        case DummyVecEnv():
+            state.envs.put_into(inner.envs)
+        case GymnasiumVecEnv():
+            restore(inner.env, state.envs)
+        case _:
+            for index, captured in enumerate(state.envs):
+                inner.env_method("restore_state", captured, indices=index)
+    return True
+
+
+def _capture_envs(inner: Any) -> Any:
+    match inner:
+        case DummyVecEnv():
+            return _Environments(inner.envs)
+        case GymnasiumVecEnv():
+            return capture(inner.env)
+    if not inner.has_attr("capture_state"):
+        raise UncapturedStateError(
+            f"environments in a {type(inner).__name__} can only be reached in a ResumableWrapper: make them with "
+            "`make_vec_env(..., wrapper_class=ResumableWrapper)`"
+        )
+    states = inner.env_method("capture_state")
+    for reason in states:
+        if isinstance(reason, str):
+            raise UncapturedStateError(reason)
+    return states

@@ -1,14 +1,27 @@
 """An environment goes on from a captured state as the one that it was taken from."""
 
+import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.vector import SyncVectorEnv
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_variants.env_state import UncapturedStateError, capture, restore
+from sb3_ppo_variants import GymnasiumVecEnv
+from sb3_ppo_variants.env_state import (
+    ResumableWrapper,
+    UncapturedStateError,
+    capture,
+    capture_vec_env,
+    restore,
+    restore_vec_env,
+)
 from tests.environments import OBSERVATION_SPACES, RandomEnv
 
 
@@ -93,3 +106,70 @@ def test_other_environments_are_refused() -> None:
         ValueError, match=r"`env` must have a gymnasium.*CartPoleEnv as when it was saved, not a .*PendulumEnv"
     ):
         restore(gym.make("Pendulum-v1"), capture(env))
+
+
+def vec_envs() -> dict[str, Callable[[], VecEnv]]:
+    half: dict[str, Any] = {"n_envs": 2, "seed": 3}
+    sync = [lambda: gym.make("Pendulum-v1")] * 2
+    return {
+        "dummy": lambda: make_vec_env("CartPole-v1", **half),
+        "normalized": lambda: VecNormalize(make_vec_env("HalfCheetah-v5", **half)),
+        "stacked": lambda: VecMonitor(VecFrameStack(DummyVecEnv(sync), 3)),
+        "processes": lambda: make_vec_env("Pendulum-v1", **half, wrapper_class=ResumableWrapper, vec_env_cls=SubprocVecEnv),
+        "sync": lambda: VecNormalize(GymnasiumVecEnv(SyncVectorEnv(sync))),
+        "native": lambda: GymnasiumVecEnv(gym.make_vec("CartPole-v1", num_envs=3, vectorization_mode="vector_entry_point")),
+    }
+
+
+def play_vec_env(env: VecEnv, n_steps: int, seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    seen: list[Any] = []
+    for _ in range(n_steps):
+        box = isinstance(env.action_space, gym.spaces.Box)
+        shape = (env.num_envs, *(env.action_space.shape or ()))
+        actions = rng.uniform(-1, 1, shape).astype(np.float32) if box else rng.integers(2, size=shape)
+        observations, rewards, dones, infos = env.step(actions)
+        seen.append((observations, rewards, dones, [info.get("episode", {}).get("r") for info in infos]))
+    return seen
+
+
+@pytest.mark.parametrize("kind", vec_envs())
+def test_vector_environments_go_on(kind: str) -> None:
+    env, other = vec_envs()[kind](), vec_envs()[kind]()
+    env.seed(1)
+    env.reset()
+    play_vec_env(env, 40, seed=2)
+    state = pickle.loads(pickle.dumps(capture_vec_env(env)))
+    expected = play_vec_env(env, 250, seed=3)
+    other.reset()
+    assert restore_vec_env(other, state)
+    np.testing.assert_equal(play_vec_env(other, 250, seed=3), expected)
+    env.close()
+    other.close()
+
+
+def test_wrappers_of_environments_that_cannot_be_captured() -> None:
+    """What has been normalised so far is kept; the environments have to start anew."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env, other = (VecNormalize(make_vec_env("LunarLander-v3", 1)) for _ in range(2))
+    env.reset()
+    play_vec_env(env, 20, seed=1)
+    state = capture_vec_env(env)
+    assert "`world`" in str(state.envs)
+    other.reset()
+    assert not restore_vec_env(other, state)
+    np.testing.assert_equal(vars(other.obs_rms), vars(env.obs_rms))
+
+
+def test_processes_need_a_wrapper() -> None:
+    env = make_vec_env("CartPole-v1", 1, vec_env_cls=SubprocVecEnv)
+    env.reset()
+    assert "can only be reached in a ResumableWrapper" in str(capture_vec_env(env).envs)
+    env.close()
+
+
+def test_vector_environments_built_in_another_way_are_refused() -> None:
+    state = capture_vec_env(vec_envs()["dummy"]())
+    with pytest.raises(ValueError, match="`env` must have 1 layers as when it was saved, not 2"):
+        restore_vec_env(vec_envs()["normalized"](), state)

@@ -11,6 +11,7 @@ from sb3_ppo_variants.callbacks import (
 from sb3_ppo_variants.kl_coef import KLCoefController
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
+from sb3_ppo_variants.resume import ResumableCheckpointCallback
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.vec_env import GymnasiumVecEnv
 from sb3_ppo_variants.version import __version__
@@ -24,6 +25,7 @@ __all__ = [
     "KLAdaptiveLearningRateCallback",
     "KLCoefController",
     "KLEarlyStoppingCallback",
+    "ResumableCheckpointCallback",
     "RewardsToGoRolloutBuffer",
     "TimeLimitAsTermination",
     "TrustRegionLoggingCallback",

@@ -1,5 +1,6 @@
 """What all algorithms of this package share: the update, its arguments, and what is saved of them."""
 
+import inspect
 import io
 import pathlib
 import warnings
@@ -39,6 +40,7 @@ from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import SURROGATES, Coefficients
+from sb3_ppo_variants.resume import go_on, newest, read
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.vec_env import GymnasiumVecEnv, Infos, resets_in_next_step
@@ -103,6 +105,9 @@ class PPOBase(OnPolicyAlgorithm):
         self._update_hooks = UpdateHooks()
         self._exact_kl_known = True
         self._engine_choice = EngineChoice()
+        self._learn_arguments: dict[str, Any] = {}
+        self._iteration = 0
+        self._callback: BaseCallback
         kwargs["_init_setup_model"] = False
         super().__init__(*args, **kwargs)
         self._read_arguments()
@@ -233,7 +238,8 @@ class PPOBase(OnPolicyAlgorithm):
         # `learn` keeps the callback to itself, and containers don't hand on hooks that they don't know: callbacks with
         # hooks register when they are initialised.
         self._update_hooks = UpdateHooks()
-        return super()._init_callback(callback, progress_bar)
+        self._callback = super()._init_callback(callback, progress_bar)
+        return self._callback
 
     def _update_info_buffer(self, infos: Any, dones: np.ndarray | None = None) -> None:
         # Only of ended episodes there is something to tell: no need to look at thousands of environments at each step.
@@ -262,6 +268,7 @@ class PPOBase(OnPolicyAlgorithm):
         """
         if self.n_epochs < 1:
             raise ValueError(f"`n_epochs` must be an integer >= 1, not {self.n_epochs!r}")
+        self._iteration += 1
         self._follow_changes()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
@@ -449,6 +456,10 @@ class PPOBase(OnPolicyAlgorithm):
         """
         self._engine_choice.check(self)
         self._exact_kl_known = True  # what has failed before may have been mended since
+        arguments = inspect.signature(super().learn).bind(*args, **kwargs)
+        arguments.apply_defaults()
+        self._learn_arguments = {name: value for name, value in arguments.arguments.items() if name != "callback"}
+        self._iteration = 0
         outer = self._update_hooks  # of the `learn` whose callback may have called this one
         try:
             return super().learn(*args, **kwargs)
@@ -457,7 +468,7 @@ class PPOBase(OnPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model in training is no part of that training, and callbacks can't be copied.
-        return {**self.__dict__, "_update_hooks": UpdateHooks()}
+        return {**self.__dict__, "_update_hooks": UpdateHooks(), "_callback": None}
 
     def _excluded_save_params(self) -> list[str]:
         # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
@@ -467,6 +478,9 @@ class PPOBase(OnPolicyAlgorithm):
             "_update_hooks",
             "_exact_kl_known",
             "_engine_choice",
+            "_learn_arguments",
+            "_iteration",
+            "_callback",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
@@ -521,3 +535,32 @@ class PPOBase(OnPolicyAlgorithm):
             kwargs = {"value_learning_rate": None, "critic_first": False, **kwargs}
         settings = (device, custom_objects, print_system_info, force_reset)
         return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
+
+    @classmethod
+    def resume(
+        cls: type[SelfAlgorithm],
+        path: str | pathlib.Path,
+        env: GymEnv | VectorEnv[Any, Any, Any],
+        callback: MaybeCallback = None,
+        device: th.device | str = "auto",
+        progress_bar: bool = False,
+    ) -> SelfAlgorithm:
+        """
+        Go on with a training that a :class:`ResumableCheckpointCallback` has saved, to its end, to the bits of one that was
+        never interrupted.
+
+        :param path: a checkpoint, or the folder of the checkpoints, of which the newest whole one is taken
+        :param env: environments that are built as those before, with the same wrappers
+        :param callback: callbacks of the same kinds as before, which go on with their own state
+        :param device: as in ``load``
+        :param progress_bar: as in ``learn``
+        :return: the trained model
+        :raises DamagedCheckpointError: if the file is none, or damaged
+        :raises FileNotFoundError: if the folder has no whole checkpoint
+        :raises ValueError: if the environments are built in another way
+        """
+        path = pathlib.Path(path)
+        checkpoint = newest(path) if path.is_dir() else read(path)
+        model = cls.load(io.BytesIO(checkpoint.model), env, device, force_reset=False)
+        go_on(model, checkpoint.state, callback, progress_bar)
+        return model

@@ -91,6 +91,9 @@ class UpdateCallback(BaseCallback):
         :param stats: the whole update
         """
 
+    def _on_update_settled(self) -> None:
+        """Called after all callbacks' ``_on_update_end``: what the update leaves behind is as it stays."""
+
 
 class UpdateHooks:
     """Calls the hooks of the callbacks that have registered."""
@@ -133,6 +136,8 @@ class UpdateHooks:
         """After the update."""
         for callback in self._callbacks:
             callback._on_update_end(stats)
+        for callback in self._callbacks:
+            callback._on_update_settled()
 
 
 def _stop_unless(result: Any, stats: UpdateStats, callback: UpdateCallback, hook: str) -> None:

@@ -1,0 +1,290 @@
+"""Checkpoints of everything that the rest of a training depends on, and how it goes on from them."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_variants.arguments import check_positive_int
+from sb3_ppo_variants.callbacks import UpdateCallback
+from sb3_ppo_variants.env_state import capture_vec_env, restore_vec_env
+
+if TYPE_CHECKING:
+    from sb3_ppo_variants.algorithm import PPOBase
+
+SUFFIX = ".checkpoint"
+NOT_CALLBACKS_OWN = ("model", "logger", "locals", "globals", "parent", "training_env", "_at_start")
+"""Attributes that are given to callbacks."""
+
+
+class DamagedCheckpointError(Exception):
+    """A file is no checkpoint, or not a whole one."""
+
+
+class Checkpoint(NamedTuple):
+    """
+    Between two updates.
+
+    :param model: as ``model.save`` writes it
+    :param state: everything else, see :func:`take`
+    """
+
+    model: bytes
+    state: dict[str, Any]
+
+
+def take(model: "PPOBase", at_start: list[dict[str, bytes]]) -> Checkpoint:
+    """
+    A checkpoint of a model in training, behind an update.
+
+    :param model: the model
+    :param at_start: its callbacks' attributes when training started
+    :raises UncapturedStateError: if an environment's wrapper can't be pickled
+    """
+    saved = io.BytesIO()
+    model.save(saved)
+    assert model.env is not None
+    logger = model.logger
+    state = {
+        "env": capture_vec_env(model.env),
+        "lstm_states": getattr(model, "_last_lstm_states", None),
+        "logged": (dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)),
+        "learning": {**model._learn_arguments, "total_timesteps": model._total_timesteps},
+        "iteration": model._iteration,
+        "callbacks": [_callback_state(*each) for each in zip(_callbacks(model._callback), at_start, strict=True)],
+        "random": _random_states(),
+    }
+    return Checkpoint(saved.getvalue(), state)
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    th.set_rng_state(states["torch"])
+    if states["cuda"]:
+        th.cuda.set_rng_state_all(states["cuda"])
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """
+    Write a checkpoint, whole or not at all.
+
+    :param checkpoint: the checkpoint
+    :param path: of the file
+    """
+    parts = {"model.zip": checkpoint.model, "state.pkl": pickle.dumps(checkpoint.state)}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+            archive.writestr("sha256.json", json.dumps(sums))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too, is to outlast a power cut
+    os.close(folder)
+
+
+def read(path: Path) -> Checkpoint:
+    """
+    Read a checkpoint.
+
+    :param path: of the file
+    :raises DamagedCheckpointError: if it is none, or damaged
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in ("model.zip", "state.pkl")}
+            sums = json.loads(archive.read("sha256.json"))
+        if any(hashlib.sha256(content).hexdigest() != sums[name] for name, content in parts.items()):
+            raise ValueError("a checksum differs")
+        return Checkpoint(parts["model.zip"], pickle.loads(parts["state.pkl"]))
+    except Exception as error:
+        raise DamagedCheckpointError(f"{path} is no checkpoint, or a damaged one: {error}") from error
+
+
+def newest(folder: Path) -> Checkpoint:
+    """
+    The newest checkpoint of a folder that is whole; a warning names those that aren't.
+
+    :param folder: of the checkpoints
+    :raises FileNotFoundError: if there is none
+    """
+    for path in reversed(in_order(folder)):
+        try:
+            return read(path)
+        except DamagedCheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=3)
+    raise FileNotFoundError(f"`path` must be a checkpoint, or a folder with a whole one, not {folder}")
+
+
+def in_order(folder: Path, name_prefix: str = "") -> list[Path]:
+    """A folder's checkpoints, oldest first."""
+    found = {path: re.fullmatch(rf"{re.escape(name_prefix)}.*_(\d+)_steps", path.stem) for path in folder.glob(f"*{SUFFIX}")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))  # type: ignore[index]
+
+
+class ResumableCheckpointCallback(UpdateCallback):
+    """
+    Saves, behind updates, all that the rest of the training depends on; ``PPO.resume`` goes on from there, to the same bits.
+
+    Saved are model, optimisers, beta, schedules' progress, counters, episode statistics, values not yet logged, random states
+    of Python, NumPy and torch, ``VecNormalize``, the callbacks' plain attributes, and environments with their random states.
+    Where these can't be captured, a warning says so once, and they start a new episode on resume.
+
+    :param save_path: folder, which is created
+    :param save_freq: updates between two checkpoints
+    :param name_prefix: of the files' names
+    :param keep: how many checkpoints stay, the newest ones
+    :param verbose: 1 to tell of each
+    :raises TypeError: if ``save_freq`` or ``keep`` is no integer
+    :raises ValueError: if one of them is less than 1
+    """
+
+    def __init__(
+        self, save_path: str | Path, save_freq: int = 1, name_prefix: str = "ppo", keep: int = 3, verbose: int = 0
+    ) -> None:
+        super().__init__(verbose)
+        self.save_path = Path(save_path)
+        self.save_freq = check_positive_int("save_freq", save_freq)
+        self.name_prefix = name_prefix
+        self.keep = check_positive_int("keep", keep)
+        self.n_updates = 0
+        self._told = False
+
+    def _init_callback(self) -> None:
+        self.save_path.mkdir(parents=True, exist_ok=True)
+
+    def _on_training_start(self) -> None:
+        self._at_start = [_pickled(callback) for callback in _callbacks(self.model._callback)]
+
+    def _on_update_settled(self) -> None:
+        self.n_updates += 1
+        if self.n_updates % self.save_freq == 0:
+            self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint now, behind an update."""
+        checkpoint = take(self.model, self._at_start)
+        self._tell(checkpoint.state["env"].envs)
+        path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps{SUFFIX}"
+        write(checkpoint, path)
+        for old in in_order(self.save_path, self.name_prefix)[: -self.keep]:
+            old.unlink()
+        if self.verbose >= 1:
+            print(f"Saved {path}")
+        return path
+
+    def _tell(self, envs: Any) -> None:
+        if isinstance(envs, str) and not self._told:
+            self._told = True
+            warnings.warn(f"environments will start a new episode on resume, as {envs}", stacklevel=4)
+
+
+def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: bool) -> None:
+    """
+    Continue a training.
+
+    :param model: as it was loaded from the checkpoint
+    :param state: the checkpoint's
+    :param callback: as ``learn`` takes it, of the same kinds as before
+    :param progress_bar: as ``learn`` takes it
+    """
+    assert model.env is not None
+    learning = state["learning"]
+    total_timesteps, iteration = learning["total_timesteps"], state["iteration"]
+    if not restore_vec_env(model.env, state["env"]):
+        model._last_obs = None
+    if state["lstm_states"] is not None:
+        model._last_lstm_states = state["lstm_states"]  # type: ignore[attr-defined]
+    model._learn_arguments = learning
+    more = total_timesteps - model.num_timesteps
+    _, root = model._setup_learn(more, callback, False, learning["tb_log_name"], progress_bar)
+    for name, logged in zip(("name_to_value", "name_to_count", "name_to_excluded"), state["logged"], strict=True):
+        getattr(model.logger, name).update(logged)
+    root.on_training_start(locals(), globals())
+    _restore_callbacks(list(_callbacks(root)), state["callbacks"])
+    _set_random_states(state["random"])
+
+    extra = {"use_masking": learning["use_masking"]} if "use_masking" in learning else {}
+    while model.num_timesteps < total_timesteps:
+        if not model.collect_rollouts(model.env, root, model.rollout_buffer, model.n_steps, **extra):
+            break
+        iteration += 1
+        model._update_current_progress_remaining(model.num_timesteps, total_timesteps)
+        if learning["log_interval"] is not None and iteration % learning["log_interval"] == 0:
+            model.dump_logs(iteration)
+        model._iteration = iteration
+        model.train()
+    root.on_training_end()
+
+
+def _callbacks(root: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback and those within, in a fixed order."""
+    yield root
+    for value in vars(root).values():
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, BaseCallback) and inner is not getattr(root, "parent", None):
+                yield from _callbacks(inner)
+
+
+def _own(callback: BaseCallback) -> dict[str, Any]:
+    return {name: value for name, value in vars(callback).items() if name not in NOT_CALLBACKS_OWN}
+
+
+def _pickled(callback: BaseCallback) -> dict[str, bytes]:
+    """A callback's plain attributes."""
+    return {name: pickle.dumps(value) for name, value in _own(callback).items() if _is_plain(value)}
+
+
+def _callback_state(callback: BaseCallback, at_start: dict[str, bytes]) -> tuple[str, dict[str, Any]]:
+    """What has changed since training started (the rest is settings, which may be others on resume), and environments."""
+    own = _own(callback)
+    changed = {name: own[name] for name, pickled in _pickled(callback).items() if at_start.get(name) != pickled}
+    envs = {name: capture_vec_env(value) for name, value in own.items() if isinstance(value, VecEnv)}
+    return type(callback).__qualname__, {**changed, **envs}
+
+
+def _restore_callbacks(callbacks: list[BaseCallback], states: list[tuple[str, dict[str, Any]]]) -> None:
+    """Each state goes to the next callback of its kind."""
+    for kind, attributes in states:
+        callback = next((each for each in callbacks if type(each).__qualname__ == kind), None)
+        if callback is None:
+            if attributes.keys() - {"n_calls", "num_timesteps", "n_updates", "_told"}:
+                warnings.warn(f"`callback` has no {kind} as when it was saved: what that has seen is lost", stacklevel=4)
+            continue
+        callbacks.remove(callback)
+        for name, value in attributes.items():
+            if isinstance(vars(callback).get(name), VecEnv):
+                restore_vec_env(vars(callback)[name], value)
+            else:
+                vars(callback)[name] = value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return value is None or isinstance(value, (bool, int, float, str, bytes, np.ndarray, np.generic, th.Tensor))

@@ -9,6 +9,7 @@ from sb3_ppo_variants.callbacks import (
     UpdateCallback,
 )
 from sb3_ppo_variants.kl_coef import KLCoefController
+from sb3_ppo_variants.nonfinite import NonFiniteError
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
 from sb3_ppo_variants.resume import ResumableCheckpointCallback
@@ -25,6 +26,7 @@ __all__ = [
     "KLAdaptiveLearningRateCallback",
     "KLCoefController",
     "KLEarlyStoppingCallback",
+    "NonFiniteError",
     "ResumableCheckpointCallback",
     "RewardsToGoRolloutBuffer",
     "TimeLimitAsTermination",

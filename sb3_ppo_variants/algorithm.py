@@ -2,9 +2,11 @@
 
 import inspect
 import io
+import math
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -40,7 +42,15 @@ from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
 from sb3_ppo_variants.losses import SURROGATES, Coefficients
+from sb3_ppo_variants.nonfinite import (
+    ON_NONFINITE,
+    NonFiniteError,
+    is_torchs_refusal,
+    nonfinite_in_rollout,
+    nonfinite_observation,
+)
 from sb3_ppo_variants.resume import go_on, newest, read
+from sb3_ppo_variants.transaction import Attempt, Transaction, checked
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.vec_env import GymnasiumVecEnv, Infos, resets_in_next_step
@@ -50,7 +60,7 @@ T = TypeVar("T")
 ClipRange: TypeAlias = "float | str | Schedule | Sequence[float | str | Schedule] | None"
 NEW_ARGUMENTS = (
     *("ent_coef", "vf_coef", "kl_coef", "kl_target", "n_value_epochs", "value_learning_rate", "critic_first"),
-    *("n_episodes", "surrogate", "dual_clip", "kl_rollback", "engine"),
+    *("n_episodes", "surrogate", "dual_clip", "kl_rollback", "on_nonfinite", "max_kl", "engine"),
 )
 """Arguments that SB3's PPO hasn't got, or takes fewer values for."""
 
@@ -85,6 +95,8 @@ class PPOBase(OnPolicyAlgorithm):
         surrogate: str = "clip",
         dual_clip: float | None = None,
         kl_rollback: float | None = None,
+        on_nonfinite: str = "raise",
+        max_kl: float | None = None,
         engine: str = "auto",
         _init_setup_model: bool = True,
         **kwargs: Any,
@@ -97,6 +109,8 @@ class PPOBase(OnPolicyAlgorithm):
         self.surrogate = surrogate
         self.dual_clip = dual_clip
         self.kl_rollback = kl_rollback
+        self.on_nonfinite = on_nonfinite
+        self.max_kl = max_kl
         self.engine = engine
         self.kl_coef_state = None
         self.value_optimizer = None
@@ -128,6 +142,9 @@ class PPOBase(OnPolicyAlgorithm):
                 check_coefficient(name, value, check_finite)
         check_positive("kl_target", self.kl_target)
         check_choice("engine", self.engine, ENGINES)
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        if self.max_kl is not None:
+            check_positive("max_kl", self.max_kl)
         self._check_critics_passes()
         self._read_kl_coef()
         self._check_objective()
@@ -187,7 +204,7 @@ class PPOBase(OnPolicyAlgorithm):
         super()._setup_model()
         if ours:
             self.clip_range = clip_range
-        if self._may_penalize_kl():
+        if self._may_penalize_kl() or self.max_kl is not None:
             check_exact_kl(self.policy, self.rollout_buffer)
         if self.n_value_epochs is None:
             self._drop_value_optimizer()
@@ -251,6 +268,7 @@ class PPOBase(OnPolicyAlgorithm):
         """
         That of the algorithm.
 
+        :raises NonFiniteError: if the policy can't act on an observation, as it is NaN or infinite
         :raises ValueError: if the environments reset in a step of their own, which would be learned from
         """
         if resets_in_next_step(env):
@@ -258,18 +276,35 @@ class PPOBase(OnPolicyAlgorithm):
                 f"`env` must reset in the same step for {type(self).__name__}: make it with "
                 "`autoreset_mode=AutoresetMode.SAME_STEP`"
             )
-        return super().collect_rollouts(env, *args, **kwargs)
+        with self._naming_observations():
+            return super().collect_rollouts(env, *args, **kwargs)
+
+    @contextmanager
+    def _naming_observations(self) -> Iterator[None]:
+        """Torch's distributions refuse NaN, but can't tell where it comes from."""
+        try:
+            yield
+        except ValueError as error:
+            culprit = nonfinite_observation(self._last_obs)
+            if culprit is None and not is_torchs_refusal(error):
+                raise
+            culprit = culprit or "what the policy makes of finite observations isn't finite"
+            raise NonFiniteError(f"{culprit} in the rollout before update {self._iteration + 1}: {error}") from error
 
     def train(self) -> None:
         """
         One update: ``n_epochs`` passes over the rollout, behind or before them the critic's own, then the adaptation of beta.
 
         What is computed stands in ``losses.py`` (loss), ``engines/`` (gradient) and ``kl_coef.py`` (beta).
+
+        :raises NonFiniteError: if something is NaN or infinite, and ``on_nonfinite`` is ``"raise"``
         """
         if self.n_epochs < 1:
             raise ValueError(f"`n_epochs` must be an integer >= 1, not {self.n_epochs!r}")
         self._iteration += 1
         self._follow_changes()
+        if not self._rollout_is_finite():
+            return
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         coefs = self._current_coefficients()
@@ -280,34 +315,67 @@ class PPOBase(OnPolicyAlgorithm):
         engine = self._engine_choice.engine(self, coefs, trust_region)
         hooked, hooked_between_epochs = map(self._update_hooks.ask, ("_on_minibatch", "_on_epoch_end"))
 
-        try:
-            self._train_critic(engine, stats, before_policy=True)
-            while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
-                for minibatch in engine.minibatches(self._minibatch_size):
-                    stats.add_minibatch(minibatch, engine.forward(minibatch))
-                    if not self._within_target_kl(stats):
-                        break
-                    stats.add(engine.backward())
-                    if hooked:
-                        engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
-                    if stats.policy_stopped:
-                        break  # type: ignore[unreachable]  # hooks set it
-                    engine.step()
-                    stats.gradient_steps += 1
-                else:
-                    stats.epochs_completed += 1
-                    if hooked_between_epochs:
-                        engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
-                self._n_updates += 1
-            self._train_critic(engine, stats, before_policy=False)
-        finally:
-            engine.publish()
+        with Transaction(self) as transaction:
+            attempt = Attempt(self, stats)
+            try:
+                self._train_critic(engine, stats, before_policy=True)
+                while stats.epochs_completed < self.n_epochs and not stats.policy_stopped:
+                    for number, minibatch in enumerate(engine.minibatches(self._minibatch_size)):
+                        with attempt.at("epoch", stats.epochs_completed, number):
+                            stats.add_minibatch(minibatch, engine.forward(minibatch))
+                            if not self._within_target_kl(stats):
+                                break
+                            stats.add(checked(engine.backward()))
+                            if hooked:
+                                engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
+                            if stats.policy_stopped:
+                                break  # type: ignore[unreachable]  # hooks set it
+                            engine.step()
+                            stats.gradient_steps += 1
+                    else:
+                        stats.epochs_completed += 1
+                        if hooked_between_epochs:
+                            engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
+                    self._n_updates += 1
+                self._train_critic(engine, stats, before_policy=False)
+            finally:
+                engine.publish()
+            self._measure_displacement(stats, trust_region, transaction)
 
-        if trust_region is not None:
-            stats.displacement = self._if_exact_kl_is_known(coefs, trust_region.measure)
+        stats.restored = transaction.undone
         log_update(self, stats)
         self._adapt_kl_coef(stats)
         self._update_hooks.on_update_end(stats)
+
+    def _rollout_is_finite(self) -> bool:
+        """
+        Whether there is an update to be made: not of a rollout with NaN, which is left out if updates are to be restored.
+
+        Where single minibatches are to be skipped, they show themselves by their gradients.
+        """
+        culprit = None if self.on_nonfinite == "skip" else nonfinite_in_rollout(self.rollout_buffer)
+        if culprit is None:
+            return True
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(f"{culprit} in update {self._iteration}")
+        if self.verbose >= 1:
+            print(f"Leaving out update {self._iteration}: {culprit}")
+        self.logger.record("train/restored", 1)
+        return False
+
+    def _measure_displacement(self, stats: UpdateStats, trust_region: TrustRegion | None, transaction: Transaction) -> None:
+        """How far the update has moved the policy, and no further than it may."""
+        if trust_region is None:
+            return
+        displacement = self._if_exact_kl_is_known(stats.coefs, trust_region.measure)
+        if displacement is None:
+            return
+        kl = displacement.kl.mean().item()
+        if not math.isfinite(kl):
+            raise NonFiniteError(f"the KL divergence is {kl} after update {self._iteration}")
+        stats.displacement = displacement
+        if self.max_kl is not None:
+            stats.displacement, stats.n_halvings = transaction.backtrack(displacement, trust_region.measure, self.max_kl)
 
     def _call_hooks(self, engine: Engine, stats: UpdateStats, hooks: Callable[[UpdateStats], Any]) -> Engine:
         """
@@ -332,11 +400,14 @@ class PPOBase(OnPolicyAlgorithm):
             assert self.value_optimizer is not None
             assert self.n_value_epochs is not None
             vf_coef, optimizer, n_passes = 1.0, self.value_optimizer, self.n_value_epochs
-        for _ in range(n_passes):
-            for minibatch in engine.minibatches(self._minibatch_size):
-                stats.add(engine.critic_forward(minibatch, vf_coef))
-                engine.backward()
-                engine.step(optimizer)
+        attempt = Attempt(self, stats)
+        for n_pass in range(n_passes):
+            for number, minibatch in enumerate(engine.minibatches(self._minibatch_size)):
+                with attempt.at("the critic's pass", n_pass, number):
+                    metrics = engine.critic_forward(minibatch, vf_coef)
+                    checked(engine.backward())
+                    stats.add(metrics)
+                    engine.step(optimizer)
         if before_policy:
             engine.publish()
             renew_advantages(self)
@@ -365,6 +436,9 @@ class PPOBase(OnPolicyAlgorithm):
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.policy.optimizer)
+        rates = [float(group["lr"]) for group in self.policy.optimizer.param_groups]
+        if not all(map(math.isfinite, rates)):
+            raise NonFiniteError(f"`learning_rate` must be finite, not {rates[0]} as in update {self._iteration}")
         if self.n_value_epochs is not None:
             assert self.value_optimizer is not None
             update_learning_rate(self.value_optimizer, self._value_learning_rate())
@@ -420,7 +494,7 @@ class PPOBase(OnPolicyAlgorithm):
         return (self.clip_range(progress_remaining),) * 2
 
     def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:
-        if coefs.penalizes_kl:
+        if coefs.penalizes_kl or self.max_kl is not None:
             check_exact_kl(self.policy, self.rollout_buffer)
         return TrustRegion(self.policy, self.rollout_buffer, self.action_space, self._minibatch_size)
 
@@ -430,19 +504,21 @@ class PPOBase(OnPolicyAlgorithm):
 
         A policy or a buffer that SB3 trains with must train here too, even if it can't tell its exact KL.
         """
-        if coefs.penalizes_kl:
+        if coefs.penalizes_kl or self.max_kl is not None:
             return compute()
         if not self._exact_kl_known:
             return None
         try:
             return compute()
         except Exception as error:
+            if is_torchs_refusal(error):
+                raise
             self._exact_kl_known = False
             warnings.warn(f"the exact KL is not logged: {error}", stacklevel=3)
             return None
 
     def _adapt_kl_coef(self, stats: UpdateStats) -> None:
-        if isinstance(self._kl_coef, KLCoefController):
+        if isinstance(self._kl_coef, KLCoefController) and not stats.restored:
             assert self.kl_coef_state is not None
             assert stats.displacement is not None
             kl = stats.displacement.kl.mean().item()

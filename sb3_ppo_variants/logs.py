@@ -20,8 +20,10 @@ def log_update(model: "PPOBase", stats: UpdateStats) -> None:
     :param model: the algorithm
     :param stats: its update
     """
-    _record_sb3_keys(model, stats)
     record = model.logger.record
+    if "loss" in stats:
+        _record_sb3_keys(model, stats)
+    _record_faults(model, stats)
     record("train/kl_coef", stats.coefs.kl_coef)
     record("train/kl_penalty_loss", stats.mean("kl_penalty_loss") if "kl_penalty_loss" in stats else 0.0)
     if "grad_norm" in stats:
@@ -33,6 +35,16 @@ def log_update(model: "PPOBase", stats: UpdateStats) -> None:
         record("train/kl_max", stats.displacement.kl.max().item())
     if tensorboard_writers(model.logger):
         _log_kl_per_epoch(model, stats)
+
+
+def _record_faults(model: "PPOBase", stats: UpdateStats) -> None:
+    """What was done about numbers that aren't finite, and about a KL beyond its bound, where either was asked for."""
+    if model.on_nonfinite == "skip":
+        model.logger.record("train/skipped_minibatches", stats.n_skipped)
+    if model.on_nonfinite == "restore":
+        model.logger.record("train/restored", int(stats.restored))
+    if stats.n_halvings is not None:
+        model.logger.record("train/halvings", stats.n_halvings)
 
 
 def tensorboard_writers(logger: Logger) -> list[SummaryWriter]:

@@ -59,6 +59,11 @@ class PPO(PPOBase, stable_baselines3.PPO):
         al. 2020, arXiv 1912.09729); ``None`` for no such bound
     :param kl_rollback: the KL in nats from which on the KL penalty acts on a sample, and then only if the surrogate would lead
         the policy further away (Truly PPO, arXiv 1903.07940); ``None`` for a penalty on all samples
+    :param on_nonfinite: what is done where something is NaN or infinite, before it reaches the parameters: ``"raise"`` a
+        :class:`NonFiniteError` that names it; ``"skip"`` the minibatch, and count it; ``"restore"`` what was there before the
+        update, and go on with the next rollout
+    :param max_kl: the exact KL(old || new) that no update may exceed, in nats: if it does, its whole step is halved until it
+        doesn't, as in TRPO's line search (arXiv 1502.05477, appendix C), or taken back after ten times; ``None`` for no bound
     :param engine: how gradients are computed: ``"eager"`` by autograd; ``"fused"`` by hand, in the same bits, with rollouts
         free of distribution objects, for SB3's MLP policies on the CPU with Adam (checked at each update); ``"auto"``: fused
         where that is possible and the bits are seen to agree, else eager, with the reason printed at ``verbose=1``
@@ -109,6 +114,8 @@ class PPO(PPOBase, stable_baselines3.PPO):
         surrogate: str = "clip",
         dual_clip: float | None = None,
         kl_rollback: float | None = None,
+        on_nonfinite: str = "raise",
+        max_kl: float | None = None,
         engine: str = "auto",
     ) -> None:
         self.n_episodes = n_episodes
@@ -146,6 +153,8 @@ class PPO(PPOBase, stable_baselines3.PPO):
             surrogate=surrogate,
             dual_clip=dual_clip,
             kl_rollback=kl_rollback,
+            on_nonfinite=on_nonfinite,
+            max_kl=max_kl,
             engine=engine,
             _init_setup_model=_init_setup_model,
         )
@@ -163,10 +172,11 @@ class PPO(PPOBase, stable_baselines3.PPO):
         lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
         if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        while collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy):
-            if rollout_buffer.buffer_size > 0:
-                return True
-            lengthen(rollout_buffer)  # it had nothing but resets
+        with self._naming_observations():
+            while collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy):
+                if rollout_buffer.buffer_size > 0:
+                    return True
+                lengthen(rollout_buffer)  # it had nothing but resets
         return False
 
     def learn(

@@ -44,6 +44,14 @@ class UpdateStats:
     """Steps of the policy's optimiser."""
     minibatch: Minibatch
     """The latest minibatch: its samples and their indices in the flattened rollout."""
+    n_minibatches: int
+    """Minibatches of the policy's passes so far."""
+    n_skipped: int
+    """Minibatches, of the policy's passes or the critic's, that were left out as their gradients weren't finite."""
+    restored: bool
+    """Whether the update was taken back, as something in it wasn't finite; known before ``_on_update_end``."""
+    n_halvings: int | None
+    """How often the whole step had to be halved for ``max_kl``; ``None`` without."""
     displacement: Displacement | None
     """How far the whole update has moved the policy; set before ``_on_update_end``, ``None`` if it is not known."""
 
@@ -54,6 +62,10 @@ class UpdateStats:
         self.displacement = None
         self.policy_stopped = False
         self.critic_stopped = False
+        self.n_minibatches = 0
+        self.n_skipped = 0
+        self.restored = False
+        self.n_halvings: int | None = None
         self._trust_region = trust_region
         self._history: dict[str, list[_Record]] = {}
         self._keep_kls = keep_kls
@@ -74,13 +86,31 @@ class UpdateStats:
         :param forward: what it shows of the current policy
         """
         self.minibatch = minibatch
+        self.n_minibatches += 1
         self._forward = forward
+        self._latest_has_kl = False
         if self._keep_kls:
             self._keep_for_kl(minibatch, forward.params())
         if isinstance(forward.metrics, LazyMetrics):
             self._add_lazily(forward.metrics)
         else:
             self.add(forward.metrics)
+
+    def drop_minibatch(self) -> None:
+        """Forget what the latest minibatch has shown, before its gradient's norm is added: it isn't learned from."""
+        if self._latest_has_kl:
+            if self._pending:
+                self._n_pending -= self._pending.pop()[2].tensors()[0].numel()
+            else:
+                self._kls.pop()
+        if isinstance(self._forward.metrics, LazyMetrics):
+            self._unmeasured.pop()
+            self._unmeasured_epochs.pop()
+        else:
+            for name in self._forward.metrics:
+                self._history[name].pop()
+                if not self._history[name]:
+                    del self._history[name]
 
     def add(self, metrics: Metrics) -> None:
         """Append metrics of the latest minibatch, each of shape ()."""
@@ -108,6 +138,7 @@ class UpdateStats:
 
     def _keep_for_kl(self, minibatch: Minibatch, params: DistributionParams | None) -> None:
         if params is not None and minibatch.indices is not None:
+            self._latest_has_kl = True
             self._pending.append((self.epochs_completed, minibatch.indices, params))
             self._n_pending += params.tensors()[0].numel()
             if self._n_pending > MAX_PENDING:

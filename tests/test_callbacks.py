@@ -542,11 +542,12 @@ def test_restoring_takes_modules_buffers_along(stop: str, critics_passes: int) -
 
 def test_a_kl_that_is_not_a_number_ends_the_update_and_says_so() -> None:
     class Spoil(UpdateCallback):
-        def _on_update_start(self) -> None:
+        def _on_epoch_end(self, stats: UpdateStats) -> bool:
             self.model.rollout_buffer.log_probs[0] = np.nan
+            return True
 
-    with pytest.warns(UserWarning, match="the KL divergence is nan: the update is ended in epoch 0"):
-        make(batch_size=48).learn(ROLLOUT, callback=[Spoil(), KLEarlyStoppingCallback(estimator="k3")])
+    with pytest.warns(UserWarning, match="the KL divergence is nan: the update is ended in epoch 1"):
+        make(batch_size=48).learn(ROLLOUT, callback=[Spoil(), KLEarlyStoppingCallback(estimator="k3", per="epoch")])
 
 
 def test_early_stopping_says_so_if_asked(capsys: pytest.CaptureFixture[str]) -> None:

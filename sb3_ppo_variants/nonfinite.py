@@ -1,0 +1,116 @@
+"""NaN and infinity: found before they reach the parameters, and named."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_ppo_variants.evaluation import unpadded
+from sb3_ppo_variants.update import UpdateStats
+
+ON_NONFINITE = ("raise", "skip", "restore")
+"""What an update may do about them."""
+
+ROLLOUT = (
+    ("observations", "observation"),
+    ("actions", "action"),
+    ("rewards", "reward (with the value of what follows a time limit)"),
+    ("values", "value"),
+    ("log_probs", "log-probability"),
+    ("advantages", "advantage"),
+    ("returns", "return"),
+)
+"""What a rollout buffer holds, causes before effects."""
+
+LOSSES = ("value_loss", "policy_loss", "entropy_loss", "kl_penalty_loss", "loss")
+
+
+class NonFiniteError(ValueError):
+    """Training has met a number that is NaN or infinite; the parameters are those before the update."""
+
+
+def is_torchs_refusal(error: BaseException) -> bool:
+    """Whether torch's distributions have refused parameters that are NaN: they have no class of error for it."""
+    return isinstance(error, ValueError) and str(error).startswith("Expected parameter ")
+
+
+def nonfinite_in_rollout(buffer: RolloutBuffer) -> str | None:
+    """
+    The first number of a rollout that isn't finite.
+
+    :param buffer: the full rollout buffer, its arrays of shape (n_steps, n_envs, ...)
+    :return: what and where it is, ``None`` if all are finite
+    """
+    for attribute, name in ROLLOUT:
+        arrays = getattr(buffer, attribute, None)
+        for key, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
+            if isinstance(array, np.ndarray) and not _all_finite(array):
+                # The first step of all, not the first environment: what it has made of later ones follows from it.
+                step, env = np.argwhere(~np.isfinite(array))[0][:2]
+                of_dict = f" {key!r}" if key else ""
+                return f"the {name}{of_dict} of environment {env} at step {step} of the rollout is {_first(array[step, env])}"
+    return None
+
+
+def nonfinite_observation(observations: Any) -> str | None:
+    """
+    The first environment whose observation isn't finite.
+
+    :param observations: of all environments, or a dict of these
+    :return: what and where it is, ``None`` if all are finite
+    """
+    for key, array in observations.items() if isinstance(observations, dict) else [("", observations)]:
+        if isinstance(array, np.ndarray) and not _all_finite(array):
+            env = np.argwhere(~np.isfinite(array))[0][0]
+            of_dict = f" {key!r}" if key else ""
+            return f"the observation{of_dict} of environment {env} is {_first(array[env])}"
+    return None
+
+
+def nonfinite_in_minibatch(stats: UpdateStats, buffer: RolloutBuffer) -> str | None:
+    """
+    What has made a minibatch's gradient NaN or infinite.
+
+    :param stats: the running update, whose latest minibatch it is
+    :param buffer: the rollout buffer
+    :return: what it is, and where the sample stands in the rollout if it is known; ``None`` if only the gradient tells
+    """
+    samples, kept = stats.minibatch.samples, unpadded(stats.minibatch.samples)
+    columns = {
+        "return": samples.returns,
+        "advantage": samples.advantages,
+        "log-probability": samples.old_log_prob,
+    }
+    if kept is not None:
+        columns = {name: column[kept] for name, column in columns.items()}
+    columns["log-ratio"] = stats.log_ratio
+    if stats.kl is not None:
+        columns["KL divergence"] = stats.kl
+    for name, column in columns.items():
+        bad = ~th.isfinite(column.flatten())
+        if bad.any():
+            position = int(bad.nonzero()[0])
+            return f"the {name}{_where(stats, position, buffer)} is {column.flatten()[position].item()}"
+    for name in LOSSES:
+        if name in stats and not math.isfinite(stats.latest(name)):
+            return f"`{name}` is {stats.latest(name)}"
+    return None
+
+
+def _where(stats: UpdateStats, position: int, buffer: RolloutBuffer) -> str:
+    indices = stats.minibatch.indices
+    if indices is None:
+        return ""
+    env, step = divmod(int(indices[position]), buffer.buffer_size)
+    return f" of environment {env} at step {step} of the rollout"
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def _first(array: Any) -> float:
+    flat = np.ravel(array)
+    return float(flat[~np.isfinite(flat)][0])

@@ -1,0 +1,149 @@
+"""An update as a transaction: it stands as a whole, or is taken back."""
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch as th
+
+from sb3_ppo_variants.critic import critic_parameters
+from sb3_ppo_variants.losses import Metrics
+from sb3_ppo_variants.nonfinite import NonFiniteError, is_torchs_refusal, nonfinite_in_minibatch
+from sb3_ppo_variants.snapshot import Snapshot
+from sb3_ppo_variants.trust_region import Displacement
+from sb3_ppo_variants.update import UpdateStats
+
+if TYPE_CHECKING:
+    from sb3_ppo_variants.algorithm import PPOBase
+
+MAX_HALVINGS = 10
+"""Of a step that leads too far, before it is taken back."""
+
+
+class Transaction:
+    """
+    Takes parameters and optimisers back to the start of an update if a :class:`NonFiniteError` is raised in it.
+
+    The error goes on to the caller where ``model.on_nonfinite`` is ``"raise"``; else ``undone`` says that there was one.
+
+    :param model: the algorithm at the start of an update
+    """
+
+    def __init__(self, model: "PPOBase") -> None:
+        self._policy = policy = model.policy
+        self._snapshots = [Snapshot(policy, list(policy.parameters()), policy.optimizer)]
+        if model.value_optimizer is not None:
+            self._snapshots.append(Snapshot(policy, critic_parameters(policy), model.value_optimizer))
+        self._raises = model.on_nonfinite == "raise"
+        self._verbose = model.verbose
+        self.undone = False
+
+    def __enter__(self) -> "Transaction":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None or not (isinstance(error, NonFiniteError) or is_torchs_refusal(error)):
+            return False
+        for snapshot in self._snapshots:
+            snapshot.restore()
+        self.undone = True
+        if self._verbose >= 1 and not self._raises:
+            print(f"Taking the update back: {error}")
+        if self._raises and not isinstance(error, NonFiniteError):
+            raise NonFiniteError(f"what the policy makes of finite samples isn't finite behind the update: {error}") from error
+        return not self._raises
+
+    @th.no_grad()
+    def backtrack(
+        self, displacement: Displacement, measure: Callable[[], Displacement], max_kl: float
+    ) -> tuple[Displacement, int]:
+        """
+        Halve the policy's whole step until it is within a bound: a line search as TRPO's (Schulman et al. 2015, appendix C).
+
+        The critic's own parameters, and the optimiser's moments, stay as the update has left them. If ten halvings don't do,
+        the policy and its optimiser go back to where they were.
+
+        :param displacement: of the whole step
+        :param measure: tells the displacement by now
+        :param max_kl: largest mean of the exact KL(old || new), in nats
+        :return: the displacement in the end, and the number of halvings
+        """
+        if displacement.kl.mean().item() <= max_kl:
+            return displacement, 0
+        start = self._of_policy()
+        end = [parameter.clone() for parameter, _ in start.parameters]
+        for n_halvings in range(1, MAX_HALVINGS + 1):
+            for (parameter, old), new in zip(start.parameters, end, strict=True):
+                parameter.copy_(th.lerp(old, new, 0.5**n_halvings))
+            displacement = measure()
+            if displacement.kl.mean().item() <= max_kl:
+                return displacement, n_halvings
+        start.restore()
+        return measure(), MAX_HALVINGS + 1
+
+    def _of_policy(self) -> Snapshot:
+        try:
+            critics_own = set(critic_parameters(self._policy))
+        except ValueError:  # it has none
+            critics_own = set()
+        return self._snapshots[0].without(critics_own)
+
+
+class Attempt:
+    """
+    To learn from one minibatch at a time: what isn't finite in it is named, or the minibatch is left out.
+
+    :param model: the algorithm
+    :param stats: its running update
+    """
+
+    def __init__(self, model: "PPOBase", stats: UpdateStats) -> None:
+        self._model = model
+        self._stats = stats
+
+    def at(self, what: str, number: int, minibatch: int) -> "Attempt":
+        """
+        Say which minibatch comes next.
+
+        :param what: "epoch" or "the critic's pass"
+        :param number: of the epoch or pass, from 0
+        :param minibatch: its number in there, from 0
+        """
+        self._place = what, number, minibatch
+        self._n_before = self._stats.n_minibatches
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None or not (isinstance(error, NonFiniteError) or is_torchs_refusal(error)):
+            return False
+        stats, model = self._stats, self._model
+        added = stats.n_minibatches > self._n_before
+        if model.on_nonfinite == "skip":
+            stats.n_skipped += 1
+            if added:
+                stats.drop_minibatch()
+            return True
+        culprit: str | None = (
+            "what the policy makes of finite samples isn't finite" if is_torchs_refusal(error) else str(error)
+        )
+        if added:
+            culprit = nonfinite_in_minibatch(stats, model.rollout_buffer) or culprit
+        what, number, minibatch = self._place
+        place = f"in update {model._iteration}, {what} {number}, minibatch {minibatch} (epochs and minibatches from 0)"
+        raise NonFiniteError(f"{culprit} {place}") from error
+
+
+def checked(metrics: Metrics) -> Metrics:
+    """
+    A gradient's norm, which is finite only if all is that has led to it.
+
+    :param metrics: as :meth:`Engine.backward` returns them
+    :raises NonFiniteError: if it isn't
+    """
+    if not math.isfinite(metrics["grad_norm"].item()):
+        raise NonFiniteError(f"the gradient's norm is {metrics['grad_norm'].item()}")
+    return metrics

@@ -5,7 +5,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -16,11 +16,12 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_variants import safe_file
 from sb3_ppo_variants.arguments import (
     check_bool,
     check_choice,
@@ -50,6 +51,7 @@ from sb3_ppo_variants.nonfinite import (
     nonfinite_observation,
 )
 from sb3_ppo_variants.resume import go_on, newest, read
+from sb3_ppo_variants.safe_file import UntrustedFileError
 from sb3_ppo_variants.transaction import Attempt, Transaction, checked
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
@@ -63,6 +65,10 @@ NEW_ARGUMENTS = (
     *("n_episodes", "surrogate", "dual_clip", "kl_rollback", "on_nonfinite", "max_kl", "engine"),
 )
 """Arguments that SB3's PPO hasn't got, or takes fewer values for."""
+SET_UP_LATER = ("observation_space", "action_space", "n_envs", "lr_schedule")
+"""Attributes that a model has only after it was set up."""
+LAST_SEEN = ("_last_obs", "_last_original_obs", "_last_episode_starts", "_last_lstm_states")
+"""Attributes that tell where training has stopped, which starts with new episodes."""
 
 
 class PPOBase(OnPolicyAlgorithm):
@@ -599,6 +605,8 @@ class PPOBase(OnPolicyAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        *,
+        safe: bool = False,
         **kwargs: Any,
     ) -> SelfAlgorithm:
         """
@@ -606,11 +614,53 @@ class PPOBase(OnPolicyAlgorithm):
 
         What is not among ``kwargs`` is as it was saved: :class:`PPOKL` keeps the ``clip_range`` of SB3's PPO, too. An
         adapted beta is kept unless ``kl_coef`` is given and differs from the saved one.
+
+        :param safe: for files from others: whether to execute no code from the file, which has to be saved with
+            ``safe=True``, or to have all that SB3 has pickled given in ``custom_objects``. Numbers that are NaN or infinite
+            are refused then, and ``tensorboard_log`` isn't taken from it
+        :raises UntrustedFileError: if a file can't be loaded so
         """
         if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
             kwargs = {"value_learning_rate": None, "critic_first": False, **kwargs}
-        settings = (device, custom_objects, print_system_info, force_reset)
-        return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
+        if not safe and not safe_file.is_plain(path):
+            settings = (device, custom_objects, print_system_info, force_reset)
+            return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
+
+        blank: Any = cls(next(iter(cls.policy_aliases)), None, _init_setup_model=False)
+        parameters = [*blank._get_torch_save_params()[0], "value_optimizer"]
+        attributes = {*vars(blank), *SET_UP_LATER} - set(blank._excluded_save_params())
+        rest, objects = safe_file.read(path, parameters, attributes, custom_objects or {})
+        if safe:
+            objects["tensorboard_log"] = None  # a file from others isn't to say where files are written
+        try:
+            return super().load(rest, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+        except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+            raise UntrustedFileError(f"the parts of {path} don't fit together: {error}") from error
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+        *,
+        safe: bool = False,
+    ) -> None:
+        """
+        SB3's.
+
+        :param safe: whether to write plain data and tensors only, which ``load(..., safe=True)`` reads without executing code;
+            this package reads it, SB3 doesn't
+        :raises ValueError: if that isn't possible; the message names the attribute
+        """
+        if not safe:
+            super().save(path, exclude, include)
+            return
+        state_dicts, tensors = self._get_torch_save_params()
+        left_out = {*self._excluded_save_params(), *LAST_SEEN, *(name.partition(".")[0] for name in [*state_dicts, *tensors])}
+        left_out = (left_out | set(exclude or ())) - set(include or ())
+        data = {name: safe_file.to_plain(name, value) for name, value in vars(self).items() if name not in left_out}
+        variables = {name: recursive_getattr(self, name) for name in tensors}
+        save_to_zip_file(path, data, self.get_parameters(), variables)
 
     @classmethod
     def resume(

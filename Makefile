@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint type format clean
+.PHONY: help demo test lint type crash long-run format clean
 
 help:
 	@echo "make demo    train clip, fixed KL and adaptive KL on CartPole-v1 and compare them"
 	@echo "make test    run the tests"
+	@echo "make crash   kill trainings, and compare what they end with: about ten minutes"
+	@echo "make long-run  train for 1,000 updates, and watch memory, time, threads and files"
 	@echo "make lint    check style"
 	@echo "make type    check types"
 	@echo "make format  put the code into its format"
@@ -26,6 +28,12 @@ lint: $(INSTALLED)
 
 type: $(INSTALLED)
 	$(BIN)/mypy
+
+crash: $(INSTALLED)
+	$(BIN)/python -m benchmarks.crash $(ARGS)
+
+long-run: $(INSTALLED)
+	$(BIN)/python -m benchmarks.long_run $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

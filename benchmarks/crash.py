@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(options.kills, options.scenarios, options.seed)
     rows.to_csv(options.output / "kills.csv", index=False)
     summary = summarize(rows)
-    table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
+    table = markdown([tuple(summary.columns), *summary.astype(str).itertuples(index=False, name=None)])
     footnote = (
         "Lost: trainings that have ended with other parameters, optimiser's state, statistics, observations or random states "
         "than one that was never killed. In a write: a half-written checkpoint was left behind."

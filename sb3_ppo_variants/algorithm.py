@@ -542,10 +542,22 @@ class PPOBase(OnPolicyAlgorithm):
         arguments.apply_defaults()
         self._learn_arguments = {name: value for name, value in arguments.arguments.items() if name != "callback"}
         self._iteration = 0
+        with self._left_in_order():
+            return super().learn(*args, **kwargs)
+
+    @contextmanager
+    def _left_in_order(self) -> Iterator[None]:
+        """Whatever ends training: logs are on the disk, and callbacks have put back what they have changed."""
         outer = self._update_hooks  # of the `learn` whose callback may have called this one
         try:
-            return super().learn(*args, **kwargs)
+            yield
+        except BaseException:
+            for writer in tensorboard_writers(getattr(self, "_logger", None)):
+                writer.flush()
+            raise
         finally:
+            if self._update_hooks is not outer:
+                self._update_hooks.on_leaving()
             self._update_hooks = outer
 
     def __getstate__(self) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class UpdateCallback(BaseCallback):
     def _on_update_settled(self) -> None:
         """Called after all callbacks' ``_on_update_end``: what the update leaves behind is as it stays."""
 
+    def _on_leaving(self) -> None:
+        """Called when training ends, by an exception too."""
+
 
 class UpdateHooks:
     """Calls the hooks of the callbacks that have registered."""
@@ -138,6 +141,11 @@ class UpdateHooks:
             callback._on_update_end(stats)
         for callback in self._callbacks:
             callback._on_update_settled()
+
+    def on_leaving(self) -> None:
+        """When training ends, whatever ends it."""
+        for callback in self._callbacks:
+            callback._on_leaving()
 
 
 def _stop_unless(result: Any, stats: UpdateStats, callback: UpdateCallback, hook: str) -> None:

@@ -5,7 +5,9 @@ An environment's state is what its attributes hold, and those of its wrappers, l
 whole would not do: many, such as gymnasium's MuJoCo environments, pickle only how they were built.
 """
 
+import multiprocessing
 import pickle
+import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -180,8 +182,14 @@ class ResumableWrapper(gym.Wrapper[Any, Any, Any, Any]):
     """
     Lets the state of an environment in another process be captured: ``make_vec_env(..., wrapper_class=ResumableWrapper)``.
 
-    Environments in a ``DummyVecEnv`` don't need it.
+    Environments in a ``DummyVecEnv`` don't need it. In another process it leaves Ctrl-C, which the terminal sends to all of
+    them, to the one that trains.
     """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        if multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def capture_state(self) -> list[bytes] | str:
         """The state of the wrapped environment; where it can't be captured, why."""

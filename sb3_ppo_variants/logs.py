@@ -47,7 +47,7 @@ def _record_faults(model: "PPOBase", stats: UpdateStats) -> None:
         model.logger.record("train/halvings", stats.n_halvings)
 
 
-def tensorboard_writers(logger: Logger) -> list[SummaryWriter]:
+def tensorboard_writers(logger: Logger | None) -> list[SummaryWriter]:
     """The logger's TensorBoard writers, none if it doesn't log there."""
     outputs = getattr(logger, "output_formats", [])  # a user's own logger may have none
     return [output.writer for output in outputs if isinstance(output, TensorBoardOutputFormat)]

@@ -7,7 +7,9 @@ import os
 import pickle
 import random
 import re
+import signal
 import tempfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from sb3_ppo_variants.algorithm import PPOBase
 
 SUFFIX = ".checkpoint"
-NOT_CALLBACKS_OWN = ("model", "logger", "locals", "globals", "parent", "training_env", "_at_start")
+NOT_CALLBACKS_OWN = ("model", "logger", "locals", "globals", "parent", "training_env", "_at_start", "_handler", "_stopping")
 """Attributes that are given to callbacks."""
 
 
@@ -153,6 +155,9 @@ class ResumableCheckpointCallback(UpdateCallback):
     of Python, NumPy and torch, ``VecNormalize``, the callbacks' plain attributes, and environments with their random states.
     Where these can't be captured, a warning says so once, and they start a new episode on resume.
 
+    The first Ctrl-C (SIGINT) lets the rollout and its update end, saves, and then raises ``KeyboardInterrupt``; the second one
+    does so at once.
+
     :param save_path: folder, which is created
     :param save_freq: updates between two checkpoints
     :param name_prefix: of the files' names
@@ -172,17 +177,34 @@ class ResumableCheckpointCallback(UpdateCallback):
         self.keep = check_positive_int("keep", keep)
         self.n_updates = 0
         self._told = False
+        self._stopping = False
+        self._handler: Any = None
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
 
     def _on_training_start(self) -> None:
         self._at_start = [_pickled(callback) for callback in _callbacks(self.model._callback)]
+        self._stopping = False
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
+            self._handler = signal.signal(signal.SIGINT, self._stop_behind_the_update)
+
+    def _stop_behind_the_update(self, number: int, frame: Any) -> None:
+        print("Ctrl-C: training ends behind this update, with a checkpoint; once more to end it at once")
+        self._stopping = True
+        signal.signal(signal.SIGINT, self._handler)
+
+    def _on_leaving(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
 
     def _on_update_settled(self) -> None:
         self.n_updates += 1
-        if self.n_updates % self.save_freq == 0:
+        if self._stopping or self.n_updates % self.save_freq == 0:
             self.save()
+        if self._stopping:
+            raise KeyboardInterrupt
 
     def save(self) -> Path:
         """Write a checkpoint now, behind an update."""
@@ -213,31 +235,30 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
     """
     assert model.env is not None
     learning = state["learning"]
-    total_timesteps, iteration = learning["total_timesteps"], state["iteration"]
+    total_timesteps, log_interval = learning["total_timesteps"], learning["log_interval"]
     if not restore_vec_env(model.env, state["env"]):
         model._last_obs = None
     if state["lstm_states"] is not None:
         model._last_lstm_states = state["lstm_states"]  # type: ignore[attr-defined]
-    model._learn_arguments = learning
-    more = total_timesteps - model.num_timesteps
-    _, root = model._setup_learn(more, callback, False, learning["tb_log_name"], progress_bar)
-    for name, logged in zip(("name_to_value", "name_to_count", "name_to_excluded"), state["logged"], strict=True):
-        getattr(model.logger, name).update(logged)
-    root.on_training_start(locals(), globals())
-    _restore_callbacks(list(_callbacks(root)), state["callbacks"])
-    _set_random_states(state["random"])
-
+    model._learn_arguments, model._iteration = learning, state["iteration"]
     extra = {"use_masking": learning["use_masking"]} if "use_masking" in learning else {}
-    while model.num_timesteps < total_timesteps:
-        if not model.collect_rollouts(model.env, root, model.rollout_buffer, model.n_steps, **extra):
-            break
-        iteration += 1
-        model._update_current_progress_remaining(model.num_timesteps, total_timesteps)
-        if learning["log_interval"] is not None and iteration % learning["log_interval"] == 0:
-            model.dump_logs(iteration)
-        model._iteration = iteration
-        model.train()
-    root.on_training_end()
+    with model._left_in_order():
+        more = total_timesteps - model.num_timesteps
+        _, root = model._setup_learn(more, callback, False, learning["tb_log_name"], progress_bar)
+        for name, logged in zip(("name_to_value", "name_to_count", "name_to_excluded"), state["logged"], strict=True):
+            getattr(model.logger, name).update(logged)
+        root.on_training_start(locals(), globals())
+        _restore_callbacks(list(_callbacks(root)), state["callbacks"])
+        _set_random_states(state["random"])
+
+        while model.num_timesteps < total_timesteps:
+            if not model.collect_rollouts(model.env, root, model.rollout_buffer, model.n_steps, **extra):
+                break
+            model._update_current_progress_remaining(model.num_timesteps, total_timesteps)
+            if log_interval is not None and (model._iteration + 1) % log_interval == 0:
+                model.dump_logs(model._iteration + 1)
+            model.train()
+        root.on_training_end()
 
 
 def _callbacks(root: BaseCallback) -> Iterator[BaseCallback]:

@@ -229,7 +229,7 @@ def _entries(archive: zipfile.ZipFile, allowed: list[str]) -> dict[str, bytes]:
     odd = [name for name in names if name not in allowed]
     if odd:
         raise UntrustedFileError(
-            f"it holds {', '.join(map(repr, odd[:3]))}, which no file of this algorithm has: it may be damaged, or of another one"
+            f"it holds {', '.join(map(repr, odd[:3]))}, which no file of this algorithm has: damaged, or of another?"
         )
     if len(set(names)) < len(names):
         raise UntrustedFileError("it holds an entry twice")

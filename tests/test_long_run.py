@@ -1,0 +1,38 @@
+"""What the check of long runs computes, and that a short one leaks neither threads nor files."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.long_run import main, summarize, train
+
+
+def test_summary_by_hand() -> None:
+    """From update 10 on memory grows by 1 MiB an update; early are updates 10 to 19, late 90 to 99."""
+    updates = np.arange(100)
+    rows = pd.DataFrame({"seconds": np.where(updates < 90, 0.01, 0.02), "memory": 100.0 + updates, "threads": 2, "files": 7})
+    assert summarize(rows) == {
+        "updates": "100",
+        "memory, MiB": "114, 194",
+        "growth, KiB an update": "1024.00",
+        "ms an update": "10.0, 20.0",
+        "late / early": "2.00",
+        "threads": "2, 2",
+        "open files": "7, 7",
+    }
+
+
+@pytest.mark.parametrize("engine", ["fused", "eager"])
+def test_neither_threads_nor_files_are_left_open(engine: str, tmp_path: Path) -> None:
+    rows = train(engine, 30, tmp_path)
+    assert len(rows) == 30
+    assert rows["threads"].iloc[-1] == rows["threads"].iloc[10]
+    assert rows["files"].iloc[-1] == rows["files"].iloc[10]
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--updates", "1"])
+    assert "--updates must be at least 20, not 1" in capsys.readouterr().err

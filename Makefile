@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint type crash long-run format clean
+.PHONY: help demo test lint type crash faults hostile long-run format clean
 
 help:
 	@echo "make demo    train clip, fixed KL and adaptive KL on CartPole-v1 and compare them"
 	@echo "make test    run the tests"
 	@echo "make crash   kill trainings, and compare what they end with: about ten minutes"
+	@echo "make faults  inject NaN and infinity into trainings, at random"
+	@echo "make hostile try a catalogue of bad input"
 	@echo "make long-run  train for 1,000 updates, and watch memory, time, threads and files"
 	@echo "make lint    check style"
 	@echo "make type    check types"
@@ -31,6 +33,12 @@ type: $(INSTALLED)
 
 crash: $(INSTALLED)
 	$(BIN)/python -m benchmarks.crash $(ARGS)
+
+faults: $(INSTALLED)
+	$(BIN)/python -m benchmarks.faults $(ARGS)
+
+hostile: $(INSTALLED)
+	$(BIN)/python -m benchmarks.hostile $(ARGS)
 
 long-run: $(INSTALLED)
 	$(BIN)/python -m benchmarks.long_run $(ARGS)

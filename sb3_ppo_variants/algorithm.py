@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -35,6 +36,7 @@ from sb3_ppo_variants.arguments import (
     parse_clip_range,
     parse_schedule,
 )
+from sb3_ppo_variants.blame import add_note, stepped_environment
 from sb3_ppo_variants.callbacks import UpdateHooks
 from sb3_ppo_variants.collection import renew_advantages
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
@@ -239,7 +241,14 @@ class PPOBase(OnPolicyAlgorithm):
     def _follow_changes(self) -> None:
         """Take over what a callback has assigned to the new arguments since the last update."""
         if any(new is not read for new, read in zip(self._new_arguments(), self._arguments_read, strict=True)):
-            self._read_arguments()
+            known = {
+                name: value for name, value in zip(NEW_ARGUMENTS, self._arguments_read, strict=True) if name in vars(self)
+            }
+            try:
+                self._read_arguments()
+            except (TypeError, ValueError):
+                vars(self).update(known)  # so that what is saved now can be loaded
+                raise
         if self.n_value_epochs is None:
             self._drop_value_optimizer()
         elif self._value_optimizer_policy is not self.policy:
@@ -255,6 +264,9 @@ class PPOBase(OnPolicyAlgorithm):
             if verbose >= 1:
                 print("Wrapping the env in a GymnasiumVecEnv.")
             env = GymnasiumVecEnv(env)
+        space = getattr(env, "observation_space", None)
+        if isinstance(space, spaces.Space) and space.shape is None and not isinstance(space, (spaces.Dict, spaces.Tuple)):
+            raise ValueError(f"`env` must have observations that are arrays, or dicts of these, not {space}")
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -282,20 +294,24 @@ class PPOBase(OnPolicyAlgorithm):
                 f"`env` must reset in the same step for {type(self).__name__}: make it with "
                 "`autoreset_mode=AutoresetMode.SAME_STEP`"
             )
-        with self._naming_observations():
+        with self._naming_culprits():
             return super().collect_rollouts(env, *args, **kwargs)
 
     @contextmanager
-    def _naming_observations(self) -> Iterator[None]:
-        """Torch's distributions refuse NaN, but can't tell where it comes from."""
+    def _naming_culprits(self) -> Iterator[None]:
+        """What goes wrong in a rollout is said to be of which environment, in which step."""
         try:
             yield
-        except ValueError as error:
+        except Exception as error:
+            place = f"step {self.rollout_buffer.pos} of the rollout before update {self._iteration + 1}"
+            stepped = stepped_environment(error)
+            if stepped is not None:
+                add_note(error, f"in the step of environment {stepped}, at {place}")
             culprit = nonfinite_observation(self._last_obs)
-            if culprit is None and not is_torchs_refusal(error):
+            if not isinstance(error, ValueError) or (culprit is None and not is_torchs_refusal(error)):
                 raise
             culprit = culprit or "what the policy makes of finite observations isn't finite"
-            raise NonFiniteError(f"{culprit} in the rollout before update {self._iteration + 1}: {error}") from error
+            raise NonFiniteError(f"{culprit} at {place}: {error}") from error
 
     def train(self) -> None:
         """

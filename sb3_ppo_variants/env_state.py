@@ -150,7 +150,13 @@ class _Environments(_InPlace):
         self.states = [capture(env) for env in envs]
 
     def put_into(self, value: Sequence[gym.Env[Any, Any]]) -> None:
-        """Into as many environments."""
+        """
+        Into as many environments.
+
+        :raises ValueError: if there are more or fewer
+        """
+        if len(value) != len(self.states):
+            raise ValueError(f"`env` must have {len(self.states)} environments as when it was saved, not {len(value)}")
         for env, state in zip(value, self.states, strict=True):
             restore(env, state)
 
@@ -252,6 +258,8 @@ def restore_vec_env(venv: VecEnv, state: VecEnvState) -> bool:
         case GymnasiumVecEnv():
             restore(inner.env, state.envs)
         case _:
+            if venv.num_envs != len(state.envs):
+                raise ValueError(f"`env` must have {len(state.envs)} environments as when it was saved, not {venv.num_envs}")
             for index, captured in enumerate(state.envs):
                 inner.env_method("restore_state", captured, indices=index)
     return True

@@ -48,9 +48,12 @@ def nonfinite_in_rollout(buffer: RolloutBuffer) -> str | None:
         for key, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
             if isinstance(array, np.ndarray) and not _all_finite(array):
                 # The first step of all, not the first environment: what it has made of later ones follows from it.
-                step, env = np.argwhere(~np.isfinite(array))[0][:2]
+                bad = np.asarray(~np.isfinite(array.reshape(*array.shape[:2], -1)).all(axis=2))
+                step = int(np.flatnonzero(bad.any(axis=1))[0])
+                envs = np.flatnonzero(bad[step])
                 of_dict = f" {key!r}" if key else ""
-                return f"the {name}{of_dict} of environment {env} at step {step} of the rollout is {_first(array[step, env])}"
+                numbers = f"environment{'s' if len(envs) > 1 else ''} {', '.join(map(str, envs[:5]))}"
+                return f"the {name}{of_dict} of {numbers} at step {step} of the rollout is {_first(array[step, envs[0]])}"
     return None
 
 

@@ -172,7 +172,7 @@ class PPO(PPOBase, stable_baselines3.PPO):
         lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
         if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        with self._naming_observations():
+        with self._naming_culprits():
             while collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy):
                 if rollout_buffer.buffer_size > 0:
                     return True

@@ -114,7 +114,10 @@ def read(path: Path) -> Checkpoint:
 
     :param path: of the file
     :raises DamagedCheckpointError: if it is none, or damaged
+    :raises FileNotFoundError: if there is none
     """
+    if not path.exists():
+        raise FileNotFoundError(f"`path` must be a checkpoint, or a folder with a whole one, not {path}, which doesn't exist")
     try:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in ("model.zip", "state.pkl")}

@@ -43,6 +43,7 @@ class GymnasiumVecEnv(VecEnv):
         self.env = env
         self.autoreset_mode = _autoreset_mode(env)
         in_next_step = self.autoreset_mode == AutoresetMode.NEXT_STEP
+        self._resets_at_once = self.autoreset_mode == AutoresetMode.SAME_STEP
         self.resets_by_mask = self.autoreset_mode == AutoresetMode.DISABLED or (in_next_step and _takes_reset_masks(env))
         self.resets_in_next_step = in_next_step and not self.resets_by_mask
         self.resetting = np.zeros(env.num_envs, dtype=bool)
@@ -96,7 +97,7 @@ class GymnasiumVecEnv(VecEnv):
         self._lengths += ~self.resetting
         final_infos: dict[int, dict[str, Any]] = {}
         if dones.any():
-            last_observations = infos["final_obs"] if self.autoreset_mode == AutoresetMode.SAME_STEP else observations
+            last_observations = self._final_observations(infos) if self._resets_at_once else observations
             for index in map(int, np.flatnonzero(dones)):
                 final_infos[index] = self._episode_info(index)
                 final_infos[index]["TimeLimit.truncated"] = bool(truncations[index] and not terminations[index])
@@ -109,6 +110,14 @@ class GymnasiumVecEnv(VecEnv):
             self.resetting[:] = dones
         # Copies, as rewards and observations are written to, here and by the environment.
         return observations, np.array(rewards, np.float32), dones, Infos(infos, self.num_envs, final_infos)  # type: ignore[return-value]
+
+    def _final_observations(self, infos: dict[str, Any]) -> Any:
+        if "final_obs" not in infos:
+            raise ValueError(
+                f"`env` must tell the last observations of ended episodes as `final_obs` in its infos, "
+                f"as its autoreset mode is {self.autoreset_mode}"
+            )
+        return infos["final_obs"]
 
     def _episode_info(self, index: int) -> dict[str, Any]:
         """As ``Monitor`` tells it."""

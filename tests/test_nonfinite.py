@@ -128,7 +128,9 @@ def test_a_reward_is_named_before_the_update(fault: float, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_observation_that_the_policy_cannot_act_on_is_named(engine: str) -> None:
-    with pytest.raises(NonFiniteError, match="the observation of environment 1 is nan in the rollout before update 1: Exp"):
+    with pytest.raises(
+        NonFiniteError, match="the observation of environment 1 is nan at step 6 of the rollout before update 1"
+    ):
         make(5, "observation", engine=engine).learn(ROLLOUT)
 
 

@@ -3,7 +3,7 @@ Kills trainings with SIGKILL, again and again, and lets them go on from their ch
 
 Each training runs in a process of its own. It is killed at random moments, while a checkpoint is being written, or in between,
 and sometimes its newest checkpoint is cut short as after a power cut. It must end with the parameters, the optimiser's state,
-the statistics and the random states of a training that was never killed. Run it with ``make crash``, about five minutes.
+the statistics and the random states of a training that was never killed. Run it with ``make crash``, about ten minutes.
 """
 
 import argparse

@@ -89,14 +89,14 @@ class _Inject(UpdateCallback):
             self.model.rollout_buffer.log_probs[self._fault.position, self._fault.env] = self._fault.value
 
     def _on_minibatch(self, stats: UpdateStats) -> bool:
-        if (self._update, self._minibatch) == (self._fault.update, self._fault.position % 5):
+        if (self._update, self._minibatch) == (self._fault.update, self._fault.position % 6):
             if self._fault.kind == "gradient":
-                gradient = dict(self.model.policy.named_parameters())["action_net.weight"].grad
-                assert gradient is not None
-                gradient[0, 0] = self._fault.value
+                gradients = [parameter.grad for parameter in self.model.policy.parameters() if parameter.grad is not None]
+                gradients[self._fault.position % len(gradients)].view(-1)[0] = self._fault.value
             elif self._fault.kind == "step":
-                for group in self.model.policy.optimizer.param_groups:
-                    group["lr"] = 1e30
+                for optimizer in (self.model.policy.optimizer, self.model.value_optimizer):
+                    for group in () if optimizer is None else optimizer.param_groups:
+                        group["lr"] = 1e30
         self._minibatch += 1
         return True
 

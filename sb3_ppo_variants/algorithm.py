@@ -48,6 +48,7 @@ from sb3_ppo_variants.losses import SURROGATES, Coefficients
 from sb3_ppo_variants.nonfinite import (
     ON_NONFINITE,
     NonFiniteError,
+    check_parameters,
     is_torchs_refusal,
     nonfinite_in_rollout,
     nonfinite_observation,
@@ -129,7 +130,8 @@ class PPOBase(OnPolicyAlgorithm):
         self._engine_choice = EngineChoice()
         self._learn_arguments: dict[str, Any] = {}
         self._iteration = 0
-        self._callback: BaseCallback
+        self._is_learning = False
+        self._callback: BaseCallback | None = None
         kwargs["_init_setup_model"] = False
         super().__init__(*args, **kwargs)
         self._read_arguments()
@@ -274,6 +276,7 @@ class PPOBase(OnPolicyAlgorithm):
         # hooks register when they are initialised.
         self._update_hooks = UpdateHooks()
         self._callback = super()._init_callback(callback, progress_bar)
+        self._update_hooks.on_ready()
         return self._callback
 
     def _update_info_buffer(self, infos: Any, dones: np.ndarray | None = None) -> None:
@@ -307,10 +310,9 @@ class PPOBase(OnPolicyAlgorithm):
             stepped = stepped_environment(error)
             if stepped is not None:
                 add_note(error, f"in the step of environment {stepped}, at {place}")
-            culprit = nonfinite_observation(self._last_obs)
-            if not isinstance(error, ValueError) or (culprit is None and not is_torchs_refusal(error)):
+            if not is_torchs_refusal(error):
                 raise
-            culprit = culprit or "what the policy makes of finite observations isn't finite"
+            culprit = nonfinite_observation(self._last_obs) or "what the policy makes of finite observations isn't finite"
             raise NonFiniteError(f"{culprit} at {place}: {error}") from error
 
     def train(self) -> None:
@@ -326,6 +328,7 @@ class PPOBase(OnPolicyAlgorithm):
         self._iteration += 1
         self._follow_changes()
         if not self._rollout_is_finite():
+            self._update_hooks.on_update_settled()
             return
         self.policy.set_training_mode(True)
         self._update_learning_rates()
@@ -348,12 +351,14 @@ class PPOBase(OnPolicyAlgorithm):
                             if not self._within_target_kl(stats):
                                 break
                             stats.add(checked(engine.backward()))
-                            if hooked:
-                                engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
-                            if stats.policy_stopped:
-                                break  # type: ignore[unreachable]  # hooks set it
-                            engine.step()
-                            stats.gradient_steps += 1
+                        if attempt.failed:
+                            continue
+                        if hooked:
+                            engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
+                        if stats.policy_stopped:
+                            break  # type: ignore[unreachable]  # hooks set it
+                        engine.step()
+                        stats.gradient_steps += 1
                     else:
                         stats.epochs_completed += 1
                         if hooked_between_epochs:
@@ -362,6 +367,7 @@ class PPOBase(OnPolicyAlgorithm):
                 self._train_critic(engine, stats, before_policy=False)
             finally:
                 engine.publish()
+            check_parameters(self.policy)
             self._measure_displacement(stats, trust_region, transaction)
 
         stats.restored = transaction.undone
@@ -380,8 +386,8 @@ class PPOBase(OnPolicyAlgorithm):
             return True
         if self.on_nonfinite == "raise":
             raise NonFiniteError(f"{culprit} in update {self._iteration}")
-        if self.verbose >= 1:
-            print(f"Leaving out update {self._iteration}: {culprit}")
+        # VecNormalize, for one, makes NaN of all that comes after it: nothing would be learned any more.
+        warnings.warn(f"update {self._iteration} is left out: {culprit}", stacklevel=3)
         self.logger.record("train/restored", 1)
         return False
 
@@ -395,7 +401,7 @@ class PPOBase(OnPolicyAlgorithm):
         kl = displacement.kl.mean().item()
         if not math.isfinite(kl):
             raise NonFiniteError(f"the KL divergence is {kl} after update {self._iteration}")
-        stats.displacement = displacement
+        stats.displacement, stats.whole_step_kl = displacement, kl
         if self.max_kl is not None:
             stats.displacement, stats.n_halvings = transaction.backtrack(displacement, trust_region.measure, self.max_kl)
 
@@ -542,9 +548,8 @@ class PPOBase(OnPolicyAlgorithm):
     def _adapt_kl_coef(self, stats: UpdateStats) -> None:
         if isinstance(self._kl_coef, KLCoefController) and not stats.restored:
             assert self.kl_coef_state is not None
-            assert stats.displacement is not None
-            kl = stats.displacement.kl.mean().item()
-            self.kl_coef_state = self._kl_coef.update(self.kl_coef_state, kl=kl, kl_target=self.kl_target)
+            assert stats.whole_step_kl is not None
+            self.kl_coef_state = self._kl_coef.update(self.kl_coef_state, kl=stats.whole_step_kl, kl_target=self.kl_target)
 
     def learn(self: SelfAlgorithm, *args: Any, **kwargs: Any) -> SelfAlgorithm:
         """
@@ -556,29 +561,33 @@ class PPOBase(OnPolicyAlgorithm):
         self._exact_kl_known = True  # what has failed before may have been mended since
         arguments = inspect.signature(super().learn).bind(*args, **kwargs)
         arguments.apply_defaults()
-        self._learn_arguments = {name: value for name, value in arguments.arguments.items() if name != "callback"}
-        self._iteration = 0
         with self._left_in_order():
+            self._learn_arguments = {name: value for name, value in arguments.arguments.items() if name != "callback"}
+            self._iteration = 0
             return super().learn(*args, **kwargs)
 
     @contextmanager
     def _left_in_order(self) -> Iterator[None]:
         """Whatever ends training: logs are on the disk, and callbacks have put back what they have changed."""
-        outer = self._update_hooks  # of the `learn` whose callback may have called this one
+        names = ("_update_hooks", "_callback", "_learn_arguments", "_iteration", "_is_learning")
+        outer = {name: vars(self)[name] for name in names}  # the `learn` whose callback may have called this one
+        ended, self._is_learning = False, True
         try:
             yield
-        except BaseException:
+            ended = True
+        finally:
             for writer in tensorboard_writers(getattr(self, "_logger", None)):
                 writer.flush()
-            raise
-        finally:
-            if self._update_hooks is not outer:
-                self._update_hooks.on_leaving()
-            self._update_hooks = outer
+            hooks, self._is_learning = self._update_hooks, False
+            if outer["_is_learning"]:
+                vars(self).update(outer)
+            self._update_hooks = outer["_update_hooks"]
+            if hooks is not self._update_hooks:
+                hooks.on_leaving(ended)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model in training is no part of that training, and callbacks can't be copied.
-        return {**self.__dict__, "_update_hooks": UpdateHooks(), "_callback": None}
+        return {**self.__dict__, "_update_hooks": UpdateHooks(), "_callback": None, "_is_learning": False}
 
     def _excluded_save_params(self) -> list[str]:
         # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
@@ -591,6 +600,7 @@ class PPOBase(OnPolicyAlgorithm):
             "_learn_arguments",
             "_iteration",
             "_callback",
+            "_is_learning",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
@@ -663,6 +673,8 @@ class PPOBase(OnPolicyAlgorithm):
         try:
             return super().load(rest, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
         except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
+            if not safe:
+                raise
             raise UntrustedFileError(f"the parts of {path} don't fit together: {error}") from error
 
     def save(

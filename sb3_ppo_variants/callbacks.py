@@ -94,8 +94,15 @@ class UpdateCallback(BaseCallback):
     def _on_update_settled(self) -> None:
         """Called after all callbacks' ``_on_update_end``: what the update leaves behind is as it stays."""
 
-    def _on_leaving(self) -> None:
-        """Called when training ends, by an exception too."""
+    def _on_ready(self) -> None:
+        """Called when all callbacks have been initialised, wherever they stand among others."""
+
+    def _on_leaving(self, ended: bool) -> None:
+        """
+        Called when training ends.
+
+        :param ended: whether it does so without an exception
+        """
 
 
 class UpdateHooks:
@@ -139,13 +146,22 @@ class UpdateHooks:
         """After the update."""
         for callback in self._callbacks:
             callback._on_update_end(stats)
+        self.on_update_settled()
+
+    def on_update_settled(self) -> None:
+        """After an update, or after one that was left out."""
         for callback in self._callbacks:
             callback._on_update_settled()
 
-    def on_leaving(self) -> None:
+    def on_ready(self) -> None:
+        """When all callbacks are initialised."""
+        for callback in self._callbacks:
+            callback._on_ready()
+
+    def on_leaving(self, ended: bool) -> None:
         """When training ends, whatever ends it."""
         for callback in self._callbacks:
-            callback._on_leaving()
+            callback._on_leaving(ended)
 
 
 def _stop_unless(result: Any, stats: UpdateStats, callback: UpdateCallback, hook: str) -> None:

@@ -5,13 +5,15 @@ An environment's state is what its attributes hold, and those of its wrappers, l
 whole would not do: many, such as gymnasium's MuJoCo environments, pickle only how they were built.
 """
 
+import functools
+import io
 import multiprocessing
 import pickle
 import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium as gym
@@ -26,11 +28,19 @@ from sb3_ppo_variants.vec_env import GymnasiumVecEnv
 DRAWING = frozenset(
     ("mujoco_renderer", "renderer", "viewer", "screen", "surf", "clock", "isopen", "window", "screens", "window_surface")
 )
-"""Attributes that environments draw with."""
+"""Names of attributes that environments draw with, if these are no plain data."""
 
 
-INNER = ("envs", "remotes", "work_remotes", "processes", "class_attributes")
+INNER = ("env", "envs", "remotes", "work_remotes", "processes", "class_attributes")
 """Attributes of SB3's vector environments that lead to others."""
+
+
+DRAWERS = ("pygame", "glfw", "mujoco", "gymnasium.envs.mujoco")
+"""Modules of objects that draw."""
+
+FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial, type)
+
+ENVIRONMENTS = (gym.Env, VectorEnv, VecEnv)
 
 
 AnyEnv: TypeAlias = "gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | VecEnv"
@@ -40,7 +50,7 @@ class UncapturedStateError(Exception):
     """An environment has state that can't be taken out of it."""
 
 
-def capture(env: AnyEnv) -> list[bytes]:
+def capture(env: AnyEnv, _outer: tuple[Any, ...] = ()) -> list[bytes]:
     """
     The state of an environment and of its wrappers.
 
@@ -48,10 +58,11 @@ def capture(env: AnyEnv) -> list[bytes]:
     :return: of each layer from the outermost inwards, for :func:`restore`
     :raises UncapturedStateError: if an attribute can't be pickled; the message names it
     """
-    return [_capture_layer(layer) for layer in _layers(env)]
+    layers = list(_layers(env))
+    return [_capture_layer(layer, layers, (*_outer, *layers)) for layer in layers]
 
 
-def restore(env: AnyEnv, state: list[bytes]) -> None:
+def restore(env: AnyEnv, state: Sequence[bytes | None]) -> None:
     """
     Put a state into an environment that is built as the one it was taken from.
 
@@ -63,7 +74,9 @@ def restore(env: AnyEnv, state: list[bytes]) -> None:
     if len(layers) != len(state):
         raise ValueError(f"`env` must have {len(state)} layers as when it was saved, not {len(layers)}: {env}")
     for layer, pickled in zip(layers, state, strict=True):
-        kind, attributes = pickle.loads(pickled)
+        if pickled is None:
+            continue
+        kind, attributes = _Unpickler(io.BytesIO(pickled), layers).load()
         if kind != _kind(layer):
             raise ValueError(f"`env` must have a {kind} as when it was saved, not a {_kind(layer)}: {env}")
         _put(attributes, layer)
@@ -90,32 +103,58 @@ def _kind(layer: object) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def _capture_layer(layer: Any) -> bytes:
+class _Pickler(pickle.Pickler):
+    """Takes references to the layers for what they are: objects that belong to an environment mustn't bring a copy of it."""
+
+    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
+        super().__init__(file)
+        self._numbers = {id(layer): number for number, layer in enumerate(layers)}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return self._numbers.get(id(obj))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
+        super().__init__(file)
+        self._layers = layers
+
+    def persistent_load(self, pid: int) -> Any:
+        return self._layers[pid]
+
+
+def _capture_layer(layer: Any, layers: Sequence[Any], outer: tuple[Any, ...]) -> bytes:
     if any(base.__name__ == "pybind11_object" for base in type(layer).__mro__):
         raise UncapturedStateError(f"{_kind(layer)} keeps its state outside of Python")
-    attributes = {name: _content(value) for name, value in vars(layer).items() if not _is_built(layer, name, value)}
+    kept = {name: value for name, value in vars(layer).items() if not _is_built(layer, name, value, outer)}
+    attributes = {name: _content(value, outer) for name, value in kept.items()}
+    file = io.BytesIO()
     try:
-        return pickle.dumps((_kind(layer), attributes))  # at once, as attributes may share objects
+        _Pickler(file, layers).dump((_kind(layer), attributes))  # at once, as attributes may share objects
+        return file.getvalue()
     except Exception as error:
         culprits = [name for name, value in attributes.items() if not _can_be_pickled(value)]
         names = ", ".join(f"`{name}`" for name in culprits)
         raise UncapturedStateError(f"{names} of {_kind(layer)} can't be pickled: {error}") from error
 
 
-def _is_built(layer: Any, name: str, value: Any) -> bool:
+def _is_built(layer: Any, name: str, value: Any, outer: Sequence[Any]) -> bool:
     """Whether an attribute is given by how the environment is built, or what it draws or logs with."""
-    drawing = name in DRAWING
+    drawing = name in DRAWING and (type(value).__module__.startswith(DRAWERS) or not _can_be_pickled(value))
     given = name in ("_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs") or (isinstance(layer, VecEnv) and name in INNER)
-    built = isinstance(value, (gym.Env, VectorEnv, VecEnv, EnvSpec, FunctionType, MethodType, ModuleType, type, ResultsWriter))
-    functions = isinstance(value, (list, tuple)) and bool(value) and all(map(callable, value))
+    built = any(value is each for each in outer) or isinstance(value, (*FUNCTIONS, EnvSpec, ModuleType, ResultsWriter))
+    functions = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, FUNCTIONS) for each in value)
     return drawing or given or built or functions or type(value).__name__ == "MjModel"
 
 
-def _content(value: Any) -> Any:
+def _content(value: Any, outer: tuple[Any, ...]) -> Any:
     if isinstance(value, spaces.Space):
         return _Generators(value)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(each, gym.Env) for each in value):
-        return _Environments(value)
+    if isinstance(value, ENVIRONMENTS):
+        return _Environments([value], outer)
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (list, tuple, dict)) and value and all(isinstance(each, ENVIRONMENTS) for each in parts):
+        return _Environments(list(parts), outer)
     return value
 
 
@@ -144,17 +183,19 @@ class _Environments(_InPlace):
     The states of several environments.
 
     :param envs: the environments
+    :param outer: environments that they stand in
     """
 
-    def __init__(self, envs: Sequence[gym.Env[Any, Any]]) -> None:
-        self.states = [capture(env) for env in envs]
+    def __init__(self, envs: Sequence[AnyEnv], outer: tuple[Any, ...] = ()) -> None:
+        self.states = [capture(env, outer) for env in envs]
 
-    def put_into(self, value: Sequence[gym.Env[Any, Any]]) -> None:
+    def put_into(self, value: Any) -> None:
         """
         Into as many environments.
 
         :raises ValueError: if there are more or fewer
         """
+        value = [value] if isinstance(value, ENVIRONMENTS) else list(value.values() if isinstance(value, dict) else value)
         if len(value) != len(self.states):
             raise ValueError(f"`env` must have {len(self.states)} environments as when it was saved, not {len(value)}")
         for env, state in zip(value, self.states, strict=True):
@@ -217,11 +258,12 @@ class VecEnvState(NamedTuple):
     """
     The state of a vector environment.
 
-    :param wrappers: of SB3's wrappers and the vector environment itself, from the outermost inwards
+    :param wrappers: of SB3's wrappers and the vector environment itself, from the outermost inwards; ``None`` where that can't
+        be captured
     :param envs: of the environments in it; where that can't be captured, why
     """
 
-    wrappers: list[bytes]
+    wrappers: list[bytes | None]
     envs: Any
 
 
@@ -230,13 +272,20 @@ def capture_vec_env(venv: VecEnv) -> VecEnvState:
     The state of a vector environment, and of the environments in it where that can be captured.
 
     :param venv: the vector environment
-    :raises UncapturedStateError: if a wrapper's attribute can't be pickled; the message names it
     """
+    layers = list(_layers(venv))
+    wrappers: list[bytes | None] = []
     try:
         envs = _capture_envs(venv.unwrapped)
     except UncapturedStateError as error:
         envs = str(error)
-    return VecEnvState([_capture_layer(layer) for layer in _layers(venv)], envs)
+    for layer in layers:
+        try:
+            wrappers.append(_capture_layer(layer, layers, tuple(layers)))
+        except UncapturedStateError as error:
+            wrappers.append(None)
+            envs = str(error)
+    return VecEnvState(wrappers, envs)
 
 
 def restore_vec_env(venv: VecEnv, state: VecEnvState) -> bool:

@@ -36,6 +36,18 @@ def is_torchs_refusal(error: BaseException) -> bool:
     return isinstance(error, ValueError) and str(error).startswith("Expected parameter ")
 
 
+def check_parameters(policy: th.nn.Module) -> None:
+    """
+    Check what no gradient has shown, such as the result of the last step.
+
+    :param policy: the policy
+    :raises NonFiniteError: if a parameter isn't finite, or its square is too large for its dtype
+    """
+    if not th.isfinite(th.nn.utils.get_total_norm([parameter.detach() for parameter in policy.parameters()])):
+        names = [name for name, parameter in policy.named_parameters() if not th.isfinite(parameter.norm())]
+        raise NonFiniteError(f"the parameter {', '.join(names)} isn't finite, or too large, behind the update")
+
+
 def nonfinite_in_rollout(buffer: RolloutBuffer) -> str | None:
     """
     The first number of a rollout that isn't finite.
@@ -43,7 +55,11 @@ def nonfinite_in_rollout(buffer: RolloutBuffer) -> str | None:
     :param buffer: the full rollout buffer, its arrays of shape (n_steps, n_envs, ...)
     :return: what and where it is, ``None`` if all are finite
     """
-    for attribute, name in ROLLOUT:
+    # Observations that the policy can deal with are no fault: they only explain one.
+    if all(_all_finite(getattr(buffer, attribute, np.zeros(0))) for attribute, _ in ROLLOUT[2:]):
+        return None
+    causes = ROLLOUT if _all_finite(buffer.rewards) else ROLLOUT[2:]
+    for attribute, name in causes:
         arrays = getattr(buffer, attribute, None)
         for key, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
             if isinstance(array, np.ndarray) and not _all_finite(array):
@@ -81,7 +97,13 @@ def nonfinite_in_minibatch(stats: UpdateStats, buffer: RolloutBuffer) -> str | N
     :return: what it is, and where the sample stands in the rollout if it is known; ``None`` if only the gradient tells
     """
     samples, kept = stats.minibatch.samples, unpadded(stats.minibatch.samples)
+    observations: Any = samples.observations
     columns = {
+        **{
+            f"observation{f' {key!r}' if key else ''}": part.flatten(1).sum(dim=1)
+            for key, part in (observations.items() if isinstance(observations, dict) else [("", observations)])
+            if part.is_floating_point()
+        },
         "return": samples.returns,
         "advantage": samples.advantages,
         "log-probability": samples.old_log_prob,

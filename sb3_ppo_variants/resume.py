@@ -8,11 +8,10 @@ import pickle
 import random
 import re
 import signal
-import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +29,9 @@ if TYPE_CHECKING:
 
 SUFFIX = ".checkpoint"
 NOT_CALLBACKS_OWN = ("model", "logger", "locals", "globals", "parent", "training_env", "_at_start", "_handler", "_stopping")
-"""Attributes that are given to callbacks."""
+"""Attributes that a callback is given, or that belong to one process's training."""
+UNREADABLE = (zipfile.BadZipFile, KeyError, EOFError, ValueError, NotImplementedError, zlib.error, pickle.UnpicklingError)
+"""What a damaged file makes of reading it."""
 
 
 class DamagedCheckpointError(Exception):
@@ -49,12 +50,12 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def take(model: "PPOBase", at_start: list[dict[str, bytes]]) -> Checkpoint:
+def take(model: "PPOBase", at_start: dict[int, dict[str, bytes]]) -> Checkpoint:
     """
     A checkpoint of a model in training, behind an update.
 
     :param model: the model
-    :param at_start: its callbacks' attributes when training started
+    :param at_start: its callbacks' attributes when training started, by the callbacks' ids
     :raises UncapturedStateError: if an environment's wrapper can't be pickled
     """
     saved = io.BytesIO()
@@ -67,7 +68,7 @@ def take(model: "PPOBase", at_start: list[dict[str, bytes]]) -> Checkpoint:
         "logged": (dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)),
         "learning": {**model._learn_arguments, "total_timesteps": model._total_timesteps},
         "iteration": model._iteration,
-        "callbacks": [_callback_state(*each) for each in zip(_callbacks(model._callback), at_start, strict=True)],
+        "callbacks": [_callback_state(each, at_start.get(id(each), {})) for each in _callbacks(model._callback)],
         "random": _random_states(),
     }
     return Checkpoint(saved.getvalue(), state)
@@ -95,17 +96,23 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     """
     parts = {"model.zip": checkpoint.model, "state.pkl": pickle.dumps(checkpoint.state)}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, content in parts.items():
-                archive.writestr(name, content)
-            archive.writestr("sha256.json", json.dumps(sums))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, is to outlast a power cut
-    os.close(folder)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, content in parts.items():
+                    archive.writestr(name, content)
+                archive.writestr("sha256.json", json.dumps(sums))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, is to outlast a power cut
+        os.close(folder)
 
 
 def read(path: Path) -> Checkpoint:
@@ -117,7 +124,7 @@ def read(path: Path) -> Checkpoint:
     :raises FileNotFoundError: if there is none
     """
     if not path.exists():
-        raise FileNotFoundError(f"`path` must be a checkpoint, or a folder with a whole one, not {path}, which doesn't exist")
+        raise FileNotFoundError(f"`path` must be a checkpoint, or a folder of checkpoints, not {path}, which doesn't exist")
     try:
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in ("model.zip", "state.pkl")}
@@ -125,29 +132,40 @@ def read(path: Path) -> Checkpoint:
         if any(hashlib.sha256(content).hexdigest() != sums[name] for name, content in parts.items()):
             raise ValueError("a checksum differs")
         return Checkpoint(parts["model.zip"], pickle.loads(parts["state.pkl"]))
-    except Exception as error:
+    except UNREADABLE as error:
         raise DamagedCheckpointError(f"{path} is no checkpoint, or a damaged one: {error}") from error
 
 
-def newest(folder: Path) -> Checkpoint:
+def newest(folder: Path, name_prefix: str | None = None) -> Checkpoint:
     """
     The newest checkpoint of a folder that is whole; a warning names those that aren't.
 
     :param folder: of the checkpoints
+    :param name_prefix: of their names, ``None`` for any
+    :raises DamagedCheckpointError: if none is whole
     :raises FileNotFoundError: if there is none
     """
-    for path in reversed(in_order(folder)):
+    paths = in_order(folder, name_prefix)
+    for path in reversed(paths):
         try:
             return read(path)
         except DamagedCheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=3)
-    raise FileNotFoundError(f"`path` must be a checkpoint, or a folder with a whole one, not {folder}")
+    if paths:
+        raise DamagedCheckpointError(f"none of the {len(paths)} checkpoints in {folder} is whole")
+    raise FileNotFoundError(f"`path` must be a checkpoint, or a folder of checkpoints, not {folder}")
 
 
-def in_order(folder: Path, name_prefix: str = "") -> list[Path]:
-    """A folder's checkpoints, oldest first."""
-    found = {path: re.fullmatch(rf"{re.escape(name_prefix)}.*_(\d+)_steps", path.stem) for path in folder.glob(f"*{SUFFIX}")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))  # type: ignore[index]
+def in_order(folder: Path, name_prefix: str | None = None) -> list[Path]:
+    """A folder's checkpoints, those after the fewest time steps first."""
+    paths = [path for path in folder.glob(f"*{SUFFIX}") if _steps(path, name_prefix) is not None]
+    return sorted(paths, key=lambda path: _steps(path, name_prefix) or 0)
+
+
+def _steps(path: Path, name_prefix: str | None) -> int | None:
+    prefix = ".*" if name_prefix is None else re.escape(name_prefix)
+    match = re.fullmatch(rf"{prefix}_(\d+)_steps", path.stem)
+    return None if match is None else int(match[1])
 
 
 class ResumableCheckpointCallback(UpdateCallback):
@@ -161,13 +179,13 @@ class ResumableCheckpointCallback(UpdateCallback):
     The first Ctrl-C (SIGINT) lets the rollout and its update end, saves, and then raises ``KeyboardInterrupt``; the second one
     does so at once.
 
-    :param save_path: folder, which is created
+    :param save_path: folder, which is created; of one training, or of several whose files have other prefixes
     :param save_freq: updates between two checkpoints
     :param name_prefix: of the files' names
     :param keep: how many checkpoints stay, the newest ones
     :param verbose: 1 to tell of each
     :raises TypeError: if ``save_freq`` or ``keep`` is no integer
-    :raises ValueError: if one of them is less than 1
+    :raises ValueError: if one of them is less than 1, or if training starts where the folder has a checkpoint from later on
     """
 
     def __init__(
@@ -180,33 +198,45 @@ class ResumableCheckpointCallback(UpdateCallback):
         self.keep = check_positive_int("keep", keep)
         self.n_updates = 0
         self._told = False
+        self._at_start: dict[int, dict[str, bytes]] = {}
         self._stopping = False
         self._handler: Any = None
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
 
-    def _on_training_start(self) -> None:
-        self._at_start = [_pickled(callback) for callback in _callbacks(self.model._callback)]
+    def _on_ready(self) -> None:
+        for path in in_order(self.save_path, self.name_prefix):
+            if (_steps(path, self.name_prefix) or 0) > self.model.num_timesteps and _is_whole(path):
+                raise ValueError(
+                    f"`save_path` must not have checkpoints of another training, such as {path}, which is further than this "
+                    f"one with {self.model.num_timesteps} time steps: resume it, or give another folder or `name_prefix`"
+                )
+        for callback in _callbacks(self.model._callback):  # those of an earlier `learn` have changed since then
+            self._at_start.setdefault(id(callback), _pickled(callback))
         self._stopping = False
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN):
             self._handler = signal.signal(signal.SIGINT, self._stop_behind_the_update)
 
     def _stop_behind_the_update(self, number: int, frame: Any) -> None:
-        print("Ctrl-C: training ends behind this update, with a checkpoint; once more to end it at once")
+        # Nothing is printed here, as something may just be being printed.
         self._stopping = True
         signal.signal(signal.SIGINT, self._handler)
 
-    def _on_leaving(self) -> None:
+    def _on_leaving(self, ended: bool) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
+        if ended and self._stopping:
+            raise KeyboardInterrupt
 
     def _on_update_settled(self) -> None:
         self.n_updates += 1
         if self._stopping or self.n_updates % self.save_freq == 0:
             self.save()
         if self._stopping:
+            print("Ctrl-C: training ends behind the update, with a checkpoint")
             raise KeyboardInterrupt
 
     def save(self) -> Path:
@@ -215,7 +245,8 @@ class ResumableCheckpointCallback(UpdateCallback):
         self._tell(checkpoint.state["env"].envs)
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps{SUFFIX}"
         write(checkpoint, path)
-        for old in in_order(self.save_path, self.name_prefix)[: -self.keep]:
+        paths = in_order(self.save_path, self.name_prefix)
+        for old in paths[: max(paths.index(path) + 1 - self.keep, 0)]:  # later ones, if any, are damaged
             old.unlink()
         if self.verbose >= 1:
             print(f"Saved {path}")
@@ -251,7 +282,7 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
         for name, logged in zip(("name_to_value", "name_to_count", "name_to_excluded"), state["logged"], strict=True):
             getattr(model.logger, name).update(logged)
         root.on_training_start(locals(), globals())
-        _restore_callbacks(list(_callbacks(root)), state["callbacks"])
+        _restore_callbacks(_callbacks(root), state["callbacks"])
         _set_random_states(state["random"])
 
         while model.num_timesteps < total_timesteps:
@@ -264,13 +295,22 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
         root.on_training_end()
 
 
-def _callbacks(root: BaseCallback) -> Iterator[BaseCallback]:
+def _callbacks(root: BaseCallback | None) -> list[BaseCallback]:
     """A callback and those within, in a fixed order."""
-    yield root
-    for value in vars(root).values():
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, BaseCallback) and inner is not getattr(root, "parent", None):
-                yield from _callbacks(inner)
+    found = [] if root is None else [root]
+    for callback in found:  # which grows
+        for value in vars(callback).values():
+            inner = value if isinstance(value, list) else [value]
+            found.extend(each for each in inner if isinstance(each, BaseCallback) and each not in found)
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read(path)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _own(callback: BaseCallback) -> dict[str, Any]:

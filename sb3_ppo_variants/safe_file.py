@@ -119,6 +119,8 @@ def _array(content: Any) -> np.ndarray:
 
 def _class(content: Any) -> type:
     module, name = content
+    if not f"{module}.".startswith(TRUSTED):
+        raise TypeError(f"{module}.{name} is no class that a file may name")
     kind = getattr(sys.modules.get(module), name, None)  # nothing is imported for a file
     if not isinstance(kind, type) or not _may_be_named(kind):
         raise TypeError(f"{module}.{name} is no class that a file may name")
@@ -193,6 +195,7 @@ def read(
         attributes = {key: from_plain(value) for key, value in data.items() if key not in custom_objects}
         tensors = {name: _tensors(name, content) for name, content in entries.items() if name.endswith(".pth")}
         _check_widths(attributes, tensors)
+        _check_policy({**attributes, **custom_objects}, entries["policy.pth"])
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{_name(path)} can't be loaded safely: {error}") from error
     except FileNotFoundError:
@@ -249,6 +252,8 @@ def _tensors(name: str, content: bytes) -> list[th.Tensor]:
         _check_size(archive)
     tensors = list(_flat(th.load(io.BytesIO(content), map_location="cpu", weights_only=True)))
     for tensor in tensors:
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UntrustedFileError(f"{name} holds a tensor that is larger than what is stored of it")
         if tensor.is_floating_point() and not th.isfinite(tensor).all():
             raise UntrustedFileError(f"{name} holds numbers that are NaN or infinite")
     return tensors
@@ -272,9 +277,27 @@ def _check_widths(attributes: dict[str, Any], tensors: dict[str, list[th.Tensor]
     observation_space = attributes.get("observation_space")
     if not isinstance(observation_space, spaces.Space) or not isinstance(attributes.get("action_space"), spaces.Space):
         raise UntrustedFileError("it has no spaces of observations and actions")
-    n_numbers = attributes.get("n_steps", 1) * attributes.get("n_envs", 1) * spaces.flatdim(observation_space)
-    if n_numbers > MAX_BYTES:
-        raise UntrustedFileError(f"its rollouts would have {n_numbers:.1e} numbers, more than {MAX_BYTES:.1e}")
+    n_numbers = spaces.flatdim(observation_space) + spaces.flatdim(attributes["action_space"]) + 8
+    n_bytes = 4 * attributes.get("n_steps", 1) * attributes.get("n_envs", 1) * n_numbers
+    if n_bytes > 4 * MAX_BYTES:
+        raise UntrustedFileError(f"its rollouts would take {n_bytes / 2**30:.0f} GiB")
+
+
+def _check_policy(attributes: dict[str, Any], entry: bytes) -> None:
+    """That the policy which the attributes describe has the parameters of the file, before memory is taken for them."""
+    stored = {name: tensor.shape for name, tensor in th.load(io.BytesIO(entry), map_location="cpu", weights_only=True).items()}
+    kwargs = {**(attributes.get("policy_kwargs") or {}), "ortho_init": False}
+    if len(list(_widths(kwargs.get("net_arch")))) > len(stored):
+        raise UntrustedFileError("`policy_kwargs` names more layers than there are parameters")
+    if attributes.get("use_sde"):
+        return  # its noise can't be drawn without memory
+    with th.device("meta"):
+        spaces_of = (attributes["observation_space"], attributes["action_space"])
+        policy = attributes["policy_class"](*spaces_of, lambda progress: 0.0, **kwargs)
+    described = {name: parameter.shape for name, parameter in policy.state_dict().items()}
+    if described != stored:
+        odd = sorted(name for name in {*described, *stored} if described.get(name) != stored.get(name))
+        raise UntrustedFileError(f"policy.pth and what the file says of the policy differ in {odd[0]}")
 
 
 def _widths(value: Any) -> Iterator[int]:

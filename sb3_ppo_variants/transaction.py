@@ -1,4 +1,4 @@
-"""An update as a transaction: it stands as a whole, or is taken back."""
+"""An update as a transaction: if something in it isn't finite, it is taken back as a whole."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,8 @@ class Transaction:
     def __init__(self, model: "PPOBase") -> None:
         self._policy = policy = model.policy
         self._snapshots = [Snapshot(policy, list(policy.parameters()), policy.optimizer)]
-        if model.value_optimizer is not None:
+        if model._value_optimizer_policy is not None:
+            assert model.value_optimizer is not None
             self._snapshots.append(Snapshot(policy, critic_parameters(policy), model.value_optimizer))
         self._raises = model.on_nonfinite == "raise"
         self._verbose = model.verbose
@@ -101,6 +102,8 @@ class Attempt:
     def __init__(self, model: "PPOBase", stats: UpdateStats) -> None:
         self._model = model
         self._stats = stats
+        self.failed = False
+        """Whether the latest minibatch was left out."""
 
     def at(self, what: str, number: int, minibatch: int) -> "Attempt":
         """
@@ -112,6 +115,7 @@ class Attempt:
         """
         self._place = what, number, minibatch
         self._n_before = self._stats.n_minibatches
+        self.failed = False
         return self
 
     def __enter__(self) -> None:
@@ -124,6 +128,7 @@ class Attempt:
         added = stats.n_minibatches > self._n_before
         if model.on_nonfinite == "skip":
             stats.n_skipped += 1
+            self.failed = True
             if added:
                 stats.drop_minibatch()
             return True

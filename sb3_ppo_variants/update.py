@@ -52,6 +52,8 @@ class UpdateStats:
     """Whether the update was taken back, as something in it wasn't finite; known before ``_on_update_end``."""
     n_halvings: int | None
     """How often the whole step had to be halved for ``max_kl``; ``None`` without."""
+    whole_step_kl: float | None
+    """Mean of the exact KL(old || new) of the update before it was shortened for ``max_kl``, in nats."""
     displacement: Displacement | None
     """How far the whole update has moved the policy; set before ``_on_update_end``, ``None`` if it is not known."""
 
@@ -60,6 +62,7 @@ class UpdateStats:
         self.epochs_completed = 0
         self.gradient_steps = 0
         self.displacement = None
+        self.whole_step_kl: float | None = None
         self.policy_stopped = False
         self.critic_stopped = False
         self.n_minibatches = 0

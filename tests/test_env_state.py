@@ -173,3 +173,38 @@ def test_vector_environments_built_in_another_way_are_refused() -> None:
     state = capture_vec_env(vec_envs()["dummy"]())
     with pytest.raises(ValueError, match="`env` must have 1 layers as when it was saved, not 2"):
         restore_vec_env(vec_envs()["normalized"](), state)
+
+
+class Composed(gym.Env[np.ndarray, int]):
+    """Passes everything on to an environment within, and has an object that knows it."""
+
+    class Task:
+        def __init__(self, env: "Composed") -> None:
+            self.env, self.n_steps = env, 0
+
+    def __init__(self) -> None:
+        self.inner = gym.make("CartPole-v1")
+        self.observation_space, self.action_space = self.inner.observation_space, self.inner.action_space
+        self.task = Composed.Task(self)
+        self.clock = 0.0
+
+    def reset(self, **kwargs: Any) -> Any:
+        super().reset(**kwargs)
+        self.clock = 0.0
+        return self.inner.reset(**kwargs)
+
+    def step(self, action: int) -> Any:
+        self.task.env.clock += 0.1
+        return self.inner.step(action)
+
+
+def test_environments_within_objects_that_know_them_and_clocks_that_draw_nothing() -> None:
+    env, other = Composed(), Composed()
+    env.reset(seed=1)
+    env.step(0)
+    restore(other, capture(env))
+    assert other.task.env is other
+    assert other.clock == 0.1
+    observation, *_ = env.step(1)
+    np.testing.assert_array_equal(other.step(1)[0], observation)
+    assert other.clock == 0.2

@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[bytes], bytes], t
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`path` must be a checkpoint, or a folder with a whole one, not"):
+    with pytest.raises(FileNotFoundError, match="`path` must be a checkpoint, or a folder of checkpoints, not"):
         PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2))
 
 
@@ -198,3 +198,64 @@ def test_other_environments_are_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(ValueError, match="`env` must have 1 layers as when it was saved, not 2"):
         PPO.resume(tmp_path, VecNormalize(make_vec_env("CartPole-v1", 2)))
+
+
+def test_a_second_training_in_the_same_folder_is_refused_before_it_starts(tmp_path: Path) -> None:
+    """Its checkpoints would be taken for older ones."""
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"`save_path` must not have checkpoints of another training, such as .*ppo_96_steps"):
+        saved(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_prefixes_keep_trainings_apart(tmp_path: Path) -> None:
+    saved(tmp_path, name_prefix="ppo_kl")
+    saved(tmp_path, name_prefix="ppo", keep=1)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [
+        "ppo_160_steps",
+        "ppo_kl_128_steps",
+        "ppo_kl_160_steps",
+        "ppo_kl_96_steps",
+    ]
+
+
+def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(file: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        saved(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_whole_checkpoint_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "ppo_32_steps.checkpoint").write_bytes(b"")
+    env = make_vec_env("CartPole-v1", 2)
+    with (
+        pytest.warns(UserWarning, match="trying the one before"),
+        pytest.raises(DamagedCheckpointError, match="none of the 1"),
+    ):
+        PPO.resume(tmp_path, env, device="cpu")
+
+
+def test_saves_where_an_evaluation_calls_for_it(tmp_path: Path) -> None:
+    """SB3 doesn't tell such a callback that training starts."""
+    evaluation = EvalCallback(
+        make_vec_env("CartPole-v1", 1), callback_on_new_best=ResumableCheckpointCallback(tmp_path), eval_freq=16, verbose=0
+    )
+    PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS).learn(128, evaluation)
+    assert list(tmp_path.iterdir())
+
+
+def test_a_training_within_a_training_leaves_the_outer_ones_checkpoints_alone(tmp_path: Path) -> None:
+    class Within(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 64:
+                inner = PPO("MlpPolicy", "CartPole-v1", **SETTINGS)
+                inner.learn(32)
+            return True
+
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    model.learn(128, [Within(), ResumableCheckpointCallback(tmp_path)])
+    assert model._learn_arguments["total_timesteps"] == 128

@@ -8,11 +8,12 @@ from sb3_ppo_variants.callbacks import (
     TrustRegionLoggingCallback,
     UpdateCallback,
 )
+from sb3_ppo_variants.env_state import ResumableWrapper
 from sb3_ppo_variants.kl_coef import KLCoefController
 from sb3_ppo_variants.nonfinite import NonFiniteError
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
-from sb3_ppo_variants.resume import ResumableCheckpointCallback
+from sb3_ppo_variants.resume import DamagedCheckpointError, ResumableCheckpointCallback
 from sb3_ppo_variants.safe_file import UntrustedFileError
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.vec_env import GymnasiumVecEnv
@@ -22,6 +23,7 @@ from sb3_ppo_variants.wrappers import TimeLimitAsTermination
 __all__ = [
     "PPO",
     "PPOKL",
+    "DamagedCheckpointError",
     "GradientNoiseScaleCallback",
     "GymnasiumVecEnv",
     "KLAdaptiveLearningRateCallback",
@@ -29,6 +31,7 @@ __all__ = [
     "KLEarlyStoppingCallback",
     "NonFiniteError",
     "ResumableCheckpointCallback",
+    "ResumableWrapper",
     "RewardsToGoRolloutBuffer",
     "TimeLimitAsTermination",
     "TrustRegionLoggingCallback",

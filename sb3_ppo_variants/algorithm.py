@@ -557,8 +557,6 @@ class PPOBase(OnPolicyAlgorithm):
 
         :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
         """
-        self._engine_choice.check(self)
-        self._exact_kl_known = True  # what has failed before may have been mended since
         arguments = inspect.signature(super().learn).bind(*args, **kwargs)
         arguments.apply_defaults()
         with self._left_in_order():
@@ -569,6 +567,8 @@ class PPOBase(OnPolicyAlgorithm):
     @contextmanager
     def _left_in_order(self) -> Iterator[None]:
         """Whatever ends training: logs are on the disk, and callbacks have put back what they have changed."""
+        self._engine_choice.check(self)
+        self._exact_kl_known = True  # what has failed before may have been mended since
         names = ("_update_hooks", "_callback", "_learn_arguments", "_iteration", "_is_learning")
         outer = {name: vars(self)[name] for name in names}  # the `learn` whose callback may have called this one
         ended, self._is_learning = False, True
@@ -671,7 +671,10 @@ class PPOBase(OnPolicyAlgorithm):
         if safe:
             objects["tensorboard_log"] = None  # a file from others isn't to say where files are written
         try:
-            return super().load(rest, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+            model = super().load(rest, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+            for optimizer in filter(None, (model.policy.optimizer, model.value_optimizer)):
+                safe_file.check_moments(optimizer)
+            return model
         except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
             if not safe:
                 raise

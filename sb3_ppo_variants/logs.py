@@ -41,7 +41,7 @@ def _record_faults(model: "PPOBase", stats: UpdateStats) -> None:
     """What was done about numbers that aren't finite, and about a KL beyond its bound, where either was asked for."""
     if model.on_nonfinite == "skip":
         model.logger.record("train/skipped_minibatches", stats.n_skipped)
-    if model.on_nonfinite == "restore":
+    if model.on_nonfinite != "raise":
         model.logger.record("train/restored", int(stats.restored))
     if stats.n_halvings is not None:
         model.logger.record("train/halvings", stats.n_halvings)

@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from sb3_ppo_variants.algorithm import PPOBase
 
 SUFFIX = ".checkpoint"
-NOT_CALLBACKS_OWN = ("model", "logger", "locals", "globals", "parent", "training_env", "_at_start", "_handler", "_stopping")
+NOT_CALLBACKS_OWN = (
+    "model",
+    "logger",
+    "locals",
+    "globals",
+    "parent",
+    "training_env",
+    "_handler",
+    "_stopping",
+    "_at_start",
+    "_objects",
+)
 """Attributes that a callback is given, or that belong to one process's training."""
 UNREADABLE = (zipfile.BadZipFile, KeyError, EOFError, ValueError, NotImplementedError, zlib.error, pickle.UnpicklingError)
 """What a damaged file makes of reading it."""
@@ -55,7 +66,7 @@ def take(model: "PPOBase", at_start: dict[int, dict[str, bytes]]) -> Checkpoint:
     A checkpoint of a model in training, behind an update.
 
     :param model: the model
-    :param at_start: its callbacks' attributes when training started, by the callbacks' ids
+    :param at_start: its callbacks' plain attributes when training started, by the callbacks' ids
     :raises UncapturedStateError: if an environment's wrapper can't be pickled
     """
     saved = io.BytesIO()
@@ -198,7 +209,9 @@ class ResumableCheckpointCallback(UpdateCallback):
         self.keep = check_positive_int("keep", keep)
         self.n_updates = 0
         self._told = False
+        self._told_lost = False
         self._at_start: dict[int, dict[str, bytes]] = {}
+        self._objects: dict[int, dict[str, Any]] = {}
         self._stopping = False
         self._handler: Any = None
 
@@ -214,6 +227,7 @@ class ResumableCheckpointCallback(UpdateCallback):
                 )
         for callback in _callbacks(self.model._callback):  # those of an earlier `learn` have changed since then
             self._at_start.setdefault(id(callback), _pickled(callback))
+        self._objects = {}
         self._stopping = False
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN):
@@ -231,6 +245,10 @@ class ResumableCheckpointCallback(UpdateCallback):
         if ended and self._stopping:
             raise KeyboardInterrupt
 
+    def _on_update_start(self) -> None:
+        if not self._objects:  # what training needs, such as a progress bar, is there by now
+            self._objects = {id(callback): _objects(callback) for callback in _callbacks(self.model._callback)}
+
     def _on_update_settled(self) -> None:
         self.n_updates += 1
         if self._stopping or self.n_updates % self.save_freq == 0:
@@ -243,6 +261,7 @@ class ResumableCheckpointCallback(UpdateCallback):
         """Write a checkpoint now, behind an update."""
         checkpoint = take(self.model, self._at_start)
         self._tell(checkpoint.state["env"].envs)
+        self._tell_what_is_lost()
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps{SUFFIX}"
         write(checkpoint, path)
         paths = in_order(self.save_path, self.name_prefix)
@@ -256,6 +275,15 @@ class ResumableCheckpointCallback(UpdateCallback):
         if isinstance(envs, str) and not self._told:
             self._told = True
             warnings.warn(f"environments will start a new episode on resume, as {envs}", stacklevel=4)
+
+    def _tell_what_is_lost(self) -> None:
+        for callback in _callbacks(self.model._callback):
+            before = self._objects.get(id(callback), {})
+            for name, value in _objects(callback).items():
+                if value is not before.get(name) and not self._told_lost:
+                    self._told_lost = True
+                    kind, owner = type(value).__qualname__, type(callback).__qualname__
+                    warnings.warn(f"`{name}` of {owner} will be lost on resume: a {kind} is no plain data", stacklevel=4)
 
 
 def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: bool) -> None:
@@ -322,6 +350,12 @@ def _pickled(callback: BaseCallback) -> dict[str, bytes]:
     return {name: pickle.dumps(value) for name, value in _own(callback).items() if _is_plain(value)}
 
 
+def _objects(callback: BaseCallback) -> dict[str, Any]:
+    """A callback's other attributes, but for what is dealt with apart."""
+    apart = (BaseCallback, VecEnv)
+    return {name: value for name, value in _own(callback).items() if not _is_plain(value) and not isinstance(value, apart)}
+
+
 def _callback_state(callback: BaseCallback, at_start: dict[str, bytes]) -> tuple[str, dict[str, Any]]:
     """What has changed since training started (the rest is settings, which may be others on resume), and environments."""
     own = _own(callback)
@@ -335,7 +369,7 @@ def _restore_callbacks(callbacks: list[BaseCallback], states: list[tuple[str, di
     for kind, attributes in states:
         callback = next((each for each in callbacks if type(each).__qualname__ == kind), None)
         if callback is None:
-            if attributes.keys() - {"n_calls", "num_timesteps", "n_updates", "_told"}:
+            if attributes.keys() - {"n_calls", "num_timesteps", "n_updates", "_told", "_told_lost"}:
                 warnings.warn(f"`callback` has no {kind} as when it was saved: what that has seen is lost", stacklevel=4)
             continue
         callbacks.remove(callback)

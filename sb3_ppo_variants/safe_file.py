@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import sys
 import zipfile
 from collections import deque
@@ -35,6 +36,9 @@ MAX_BYTES = 2**31
 
 NUMBERS = "biuf"
 """Kinds of arrays that consist of numbers."""
+
+MAY_BE_INFINITE = frozenset(("max_grad_norm", "ep_info_buffer", "ep_success_buffer"))
+"""Attributes: a norm without a bound is infinite, and so are the returns of environments whose rewards are."""
 
 OTHER_ENTRIES = ("data", "_stable_baselines3_version", "system_info.txt")
 
@@ -183,6 +187,9 @@ def read(
         with zipfile.ZipFile(_opened(path)) as archive:
             entries = _entries(archive, [*OTHER_ENTRIES, "pytorch_variables.pth", *(f"{name}.pth" for name in parameters)])
         data = json.loads(entries.pop("data"))
+        infinite = sorted(name for name in data.keys() - MAY_BE_INFINITE if not _is_finite(data[name]))
+        if infinite:
+            raise UntrustedFileError(f"`{infinite[0]}` holds numbers that are NaN or infinite")
         odd = sorted(data.keys() - set(allowed))
         if odd:
             raise UntrustedFileError(f"it has `{odd[0]}`, which this algorithm hasn't: it may be of another one")
@@ -193,9 +200,10 @@ def read(
                 f"{', '.join(pickled)} would have to be unpickled: save with `safe=True`, or give them in `custom_objects`"
             )
         attributes = {key: from_plain(value) for key, value in data.items() if key not in custom_objects}
-        tensors = {name: _tensors(name, content) for name, content in entries.items() if name.endswith(".pth")}
-        _check_widths(attributes, tensors)
-        _check_policy({**attributes, **custom_objects}, entries["policy.pth"])
+        for name, content in entries.items():
+            if name.endswith(".pth"):
+                _check_tensors(name, content)
+        _check_memory({**attributes, **custom_objects}, entries["policy.pth"])
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{_name(path)} can't be loaded safely: {error}") from error
     except FileNotFoundError:
@@ -246,17 +254,21 @@ def _check_size(archive: zipfile.ZipFile) -> None:
         raise UntrustedFileError(f"it would be {n_bytes / 2**30:.0f} GiB unpacked, more than {MAX_BYTES / 2**30:.0f} GiB")
 
 
-def _tensors(name: str, content: bytes) -> list[th.Tensor]:
-    """The tensors in an entry, all of them finite."""
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, (list, dict)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _check_tensors(name: str, content: bytes) -> None:
+    """That the tensors in an entry are no larger than what is stored of them, and finite."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         _check_size(archive)
-    tensors = list(_flat(th.load(io.BytesIO(content), map_location="cpu", weights_only=True)))
-    for tensor in tensors:
+    for tensor in _flat(th.load(io.BytesIO(content), map_location="cpu", weights_only=True)):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UntrustedFileError(f"{name} holds a tensor that is larger than what is stored of it")
         if tensor.is_floating_point() and not th.isfinite(tensor).all():
             raise UntrustedFileError(f"{name} holds numbers that are NaN or infinite")
-    return tensors
 
 
 def _flat(value: Any) -> Iterator[th.Tensor]:
@@ -267,37 +279,61 @@ def _flat(value: Any) -> Iterator[th.Tensor]:
             yield from _flat(item)
 
 
-def _check_widths(attributes: dict[str, Any], tensors: dict[str, list[th.Tensor]]) -> None:
-    """Before memory is taken for layers, and for rollouts, that the file names but doesn't fill."""
-    sizes = {size for tensor in tensors.get("policy.pth", []) for size in tensor.shape}
-    policy_kwargs = attributes.get("policy_kwargs") or {}
-    for width in _widths([policy_kwargs.get("net_arch"), policy_kwargs.get("features_extractor_kwargs")]):
-        if width > 16 and width not in sizes:
-            raise UntrustedFileError(f"`policy_kwargs` names {width} units, which none of the parameters has")
-    observation_space = attributes.get("observation_space")
-    if not isinstance(observation_space, spaces.Space) or not isinstance(attributes.get("action_space"), spaces.Space):
+def _check_memory(attributes: dict[str, Any], entry: bytes) -> None:
+    """That the file is as large as the policy which it describes, and its rollouts no larger than they may be."""
+    observation_space, action_space = attributes.get("observation_space"), attributes.get("action_space")
+    if not isinstance(observation_space, spaces.Space) or not isinstance(action_space, spaces.Space):
         raise UntrustedFileError("it has no spaces of observations and actions")
-    n_numbers = spaces.flatdim(observation_space) + spaces.flatdim(attributes["action_space"]) + 8
+    n_numbers = spaces.flatdim(observation_space) + spaces.flatdim(action_space) + 8
+    policy_class = attributes["policy_class"]
+    if _may_be_named(policy_class):  # else it is the caller's own
+        stored = th.load(io.BytesIO(entry), map_location="cpu", weights_only=True)
+        described = _without_memory(policy_class, observation_space, action_space, attributes, len(stored))
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        if shapes != (expected := {name: tensor.shape for name, tensor in described.state_dict().items()}):
+            odd = min(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+            raise UntrustedFileError(f"policy.pth and what the file says of the policy differ in {odd}")
+        for lstm in (module for module in described.modules() if isinstance(module, th.nn.LSTM)):
+            n_numbers += 4 * lstm.num_layers * lstm.hidden_size
     n_bytes = 4 * attributes.get("n_steps", 1) * attributes.get("n_envs", 1) * n_numbers
     if n_bytes > 4 * MAX_BYTES:
         raise UntrustedFileError(f"its rollouts would take {n_bytes / 2**30:.0f} GiB")
 
 
-def _check_policy(attributes: dict[str, Any], entry: bytes) -> None:
-    """That the policy which the attributes describe has the parameters of the file, before memory is taken for them."""
-    stored = {name: tensor.shape for name, tensor in th.load(io.BytesIO(entry), map_location="cpu", weights_only=True).items()}
+def _without_memory(
+    policy_class: type[Any],
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    attributes: dict[str, Any],
+    max_layers: int,
+) -> th.nn.Module:
+    """The policy that the attributes describe, without memory for its parameters."""
     kwargs = {**(attributes.get("policy_kwargs") or {}), "ortho_init": False}
-    if len(list(_widths(kwargs.get("net_arch")))) > len(stored):
+    if sum(1 for _ in _widths(kwargs.get("net_arch"))) > max_layers:
         raise UntrustedFileError("`policy_kwargs` names more layers than there are parameters")
     if attributes.get("use_sde"):
-        return  # its noise can't be drawn without memory
+        kwargs["use_sde"] = True  # contrib's policies don't know the argument
+    # SB3's policies move some of their modules to this device, which would by default be the processor's.
+    on_meta = type(policy_class.__name__, (policy_class,), {"device": th.device("meta")})
     with th.device("meta"):
-        spaces_of = (attributes["observation_space"], attributes["action_space"])
-        policy = attributes["policy_class"](*spaces_of, lambda progress: 0.0, **kwargs)
-    described = {name: parameter.shape for name, parameter in policy.state_dict().items()}
-    if described != stored:
-        odd = sorted(name for name in {*described, *stored} if described.get(name) != stored.get(name))
-        raise UntrustedFileError(f"policy.pth and what the file says of the policy differ in {odd[0]}")
+        policy = on_meta(observation_space, action_space, lambda progress: 0.0, **kwargs)
+    assert isinstance(policy, th.nn.Module)
+    return policy
+
+
+def check_moments(optimizer: th.optim.Optimizer) -> None:
+    """
+    Check an optimiser that was loaded: torch doesn't.
+
+    :param optimizer: the optimiser
+    :raises UntrustedFileError: if its moments have other shapes than its parameters
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, th.Tensor) and value.shape not in (th.Size([]), th.Size([1]), parameter.shape):
+                raise UntrustedFileError(
+                    f"`{name}` of an optimiser must have shape {list(parameter.shape)}, not {list(value.shape)}"
+                )
 
 
 def _widths(value: Any) -> Iterator[int]:

@@ -36,6 +36,7 @@ class Transaction:
         if model._value_optimizer_policy is not None:
             assert model.value_optimizer is not None
             self._snapshots.append(Snapshot(policy, critic_parameters(policy), model.value_optimizer))
+        self._model, self._n_updates = model, model._n_updates
         self._raises = model.on_nonfinite == "raise"
         self._verbose = model.verbose
         self.undone = False
@@ -48,6 +49,7 @@ class Transaction:
             return False
         for snapshot in self._snapshots:
             snapshot.restore()
+        self._model._n_updates = self._n_updates
         self.undone = True
         if self._verbose >= 1 and not self._raises:
             print(f"Taking the update back: {error}")
@@ -102,6 +104,8 @@ class Attempt:
     def __init__(self, model: "PPOBase", stats: UpdateStats) -> None:
         self._model = model
         self._stats = stats
+        # Such as BatchNorm's statistics, which the forward pass has already changed when a gradient shows NaN.
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.policy.buffers()] if model.on_nonfinite == "skip" else []
         self.failed = False
         """Whether the latest minibatch was left out."""
 
@@ -119,7 +123,8 @@ class Attempt:
         return self
 
     def __enter__(self) -> None:
-        pass
+        for buffer, before in self._buffers:
+            before.copy_(buffer)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is None or not (isinstance(error, NonFiniteError) or is_torchs_refusal(error)):
@@ -129,6 +134,8 @@ class Attempt:
         if model.on_nonfinite == "skip":
             stats.n_skipped += 1
             self.failed = True
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
             if added:
                 stats.drop_minibatch()
             return True

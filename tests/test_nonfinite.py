@@ -212,6 +212,32 @@ def test_skip_with_passes_of_the_critic(engine: str) -> None:
     assert len(watch.stats[0].series("value_loss")) == 3 * 2
 
 
+class Normalized(BaseFeaturesExtractor):
+    """Takes infinity for a number, except to normalise by."""
+
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__(space, 3)
+        self.norm = th.nn.BatchNorm1d(3)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return th.tanh(self.norm(observations))
+
+
+def test_skip_keeps_the_statistics_of_batches_finite() -> None:
+    """The forward pass changes them before a gradient shows that something is wrong."""
+    policy_kwargs = {"features_extractor_class": Normalized}
+    model, watch = (
+        make(3, "observation", math.inf, engine="eager", on_nonfinite="skip", policy_kwargs=policy_kwargs),
+        AtMinibatch(),
+    )
+    model.learn(ROLLOUT, callback=watch)
+    assert watch.stats[0].n_skipped == 2
+    norm = model.policy.features_extractor.norm
+    assert th.isfinite(norm.running_mean).all()
+    assert th.isfinite(norm.running_var).all()
+    assert norm.num_batches_tracked == 4
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_update_of_which_nothing_is_left(engine: str) -> None:
     model, watch = make(0, engine=engine, on_nonfinite="skip", batch_size=ROLLOUT), AtMinibatch()

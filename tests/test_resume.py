@@ -15,14 +15,14 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 from sb3_ppo_variants import (
     PPO,
     PPOKL,
+    DamagedCheckpointError,
     GymnasiumVecEnv,
     KLAdaptiveLearningRateCallback,
     KLEarlyStoppingCallback,
     ResumableCheckpointCallback,
+    ResumableWrapper,
 )
 from sb3_ppo_variants.contrib import MaskablePPO, RecurrentPPO
-from sb3_ppo_variants.env_state import ResumableWrapper
-from sb3_ppo_variants.resume import DamagedCheckpointError
 from tests.environments import RandomEnv
 from tests.test_contrib import MaskedEnv
 from tests.test_parity import assert_same_tensors
@@ -96,6 +96,11 @@ def run(
 
     assert_same_tensors(resumed.policy.state_dict(), whole.policy.state_dict())
     assert_same_tensors(resumed.policy.optimizer.state_dict(), whole.policy.optimizer.state_dict())
+    if whole.value_optimizer is not None:
+        assert_same_tensors(resumed.value_optimizer.state_dict(), whole.value_optimizer.state_dict())
+    if isinstance(env, VecNormalize):
+        statistics = [(each.obs_rms, each.ret_rms, each.returns) for each in (resumed.env, env)]
+        np.testing.assert_equal(*([(vars(obs), vars(ret), returns) for obs, ret, returns in statistics]))
     assert resumed.num_timesteps == whole.num_timesteps
     assert resumed.kl_coef_state == whole.kl_coef_state
     assert parts[1].written
@@ -148,6 +153,26 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
     run(*KINDS["ppo"], tmp_path, callbacks)
 
 
+def test_what_a_callback_loses_is_told_once(tmp_path: Path) -> None:
+    class Keeps(BaseCallback):
+        kept: Any = None
+
+        def _on_step(self) -> bool:
+            self.kept = object()
+            return True
+
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    with pytest.warns(UserWarning, match=r"`kept` of .*Keeps will be lost on resume: a object is no plain data") as told:
+        model.learn(4 * 2 * N_STEPS, [Keeps(), ResumableCheckpointCallback(tmp_path)])
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings("ignore:rich is experimental")
+def test_a_progress_bar_is_nothing_to_lose(tmp_path: Path) -> None:
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    model.learn(3 * 2 * N_STEPS, ResumableCheckpointCallback(tmp_path), progress_bar=True)
+
+
 def saved(folder: Path, **kwargs: Any) -> None:
     model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
     model.learn(5 * 2 * N_STEPS, ResumableCheckpointCallback(folder, **kwargs))
@@ -188,7 +213,7 @@ def test_environments_that_cannot_be_captured_start_anew(tmp_path: Path) -> None
     with pytest.warns(
         UserWarning, match="environments will start a new episode on resume, as `world`.* can't be pickled"
     ) as told:
-        model.learn(3 * N_STEPS, [ResumableCheckpointCallback(tmp_path), Interrupt(2 * N_STEPS + 3)][:1])
+        model.learn(3 * N_STEPS, ResumableCheckpointCallback(tmp_path))
     assert len(told) == 1
     checkpoint = tmp_path / f"ppo_{2 * N_STEPS}_steps.checkpoint"
     assert PPO.resume(checkpoint, make_vec_env("LunarLander-v3", 1), device="cpu").num_timesteps == 3 * N_STEPS

@@ -200,18 +200,23 @@ def with_entry(name: str, content: bytes | None) -> Callable[[Path], None]:
     return lambda file: replaced(file, name, content)
 
 
-def with_tensors(change: Callable[[dict[str, th.Tensor]], Any]) -> Callable[[Path], None]:
+def with_tensors(change: Callable[[dict[str, Any]], Any], entry: str = "policy.pth") -> Callable[[Path], None]:
     """Other parameters."""
 
     def edit(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
-            tensors = th.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
+            tensors = th.load(io.BytesIO(archive.read(entry)), weights_only=True)
         change(tensors)
         content = io.BytesIO()
         th.save(tensors, content)
-        replaced(file, "policy.pth", content.getvalue())
+        replaced(file, entry, content.getvalue())
 
     return edit
+
+
+def with_moments(change: Callable[[dict[str, th.Tensor]], Any]) -> Callable[[Path], None]:
+    """Others of the first parameter."""
+    return with_tensors(lambda optimizer: change(optimizer["state"][0]), "policy.optimizer.pth")
 
 
 def pickled_tensors() -> bytes:
@@ -277,7 +282,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a class that is no policy": (
         edited(policy_class={":safe:": "class", "content": ["torch.nn.modules.activation", "Tanh"]}),
-        "don't fit together",
+        "damaged one",
     ),
     "an unknown kind of value": (edited(seed={":safe:": "eval", "content": "1"}), "damaged one: 'eval'"),
     "an array of objects": (edited(seed={":safe:": "array", "content": ["|O", [1], ""]}), "arrays must be of numbers"),
@@ -295,25 +300,37 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (with_entry("data", b"{"), "damaged one: Expecting"),
     "JSON that is deeply nested": (with_entry("data", b'{"seed": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "damaged one"),
     "JSON that is a list": (with_entry("data", b"[]"), "damaged one"),
-    "no parameters": (with_entry("policy.pth", None), "don't fit together|Names of parameters do not match"),
+    "no parameters": (with_entry("policy.pth", None), "damaged one: 'policy.pth'"),
     "NaN in the parameters": (
         with_tensors(lambda tensors: tensors["value_net.bias"].fill_(np.nan)),
         "policy.pth holds numbers",
     ),
     "another shape": (
         with_tensors(lambda tensors: tensors.update({"value_net.bias": th.zeros(7)})),
-        "(?s)fit together: .*size mismatch",
+        "of the policy differ in value_net.bias",
     ),
     "a parameter too many": (
         with_tensors(lambda tensors: tensors.update(more=th.zeros(1))),
-        "(?s)fit together: .*Unexpected",
+        "of the policy differ in more",
     ),
-    "a parameter too few": (with_tensors(lambda tensors: tensors.pop("value_net.bias")), "(?s)fit together: .*Missing"),
+    "a parameter too few": (
+        with_tensors(lambda tensors: tensors.pop("value_net.bias")),
+        "of the policy differ in value_net.bias",
+    ),
+    "moments of other shapes": (
+        with_moments(lambda moments: moments.update(exp_avg=th.zeros(7))),
+        r"`exp_avg` of an optimiser must have shape \[64, 4\], not \[7\]",
+    ),
+    "NaN among the attributes": (edited(gamma=np.nan), "`gamma` holds numbers that are NaN or infinite"),
+    "infinity in beta": (
+        edited(kl_coef_state={":safe:": "KLCoefState", "content": [np.inf, 1.0]}),
+        "`kl_coef_state` holds numbers",
+    ),
     "layers beyond memory": (
         edited(policy_kwargs={"net_arch": [10**9]}),
-        "names 1000000000 units, which none",
+        "of the policy differ in action_net.weight",
     ),
-    "rollouts beyond memory": (edited(n_steps=10**12), "its rollouts would have"),
+    "rollouts beyond memory": (edited(n_steps=10**12), "its rollouts would take 52154 GiB"),
     "spaces missing": (edited(observation_space=None), "no spaces of observations"),
     "a space that is none": (edited(observation_space={":safe:": "Box", "content": [1, 0]}), "damaged one"),
     "text for a number": (edited(n_steps="many"), "damaged one"),

@@ -1,5 +1,6 @@
 """PPO with a clipped surrogate, a fixed or an adaptive KL penalty, as a drop-in for Stable-Baselines3's PPO."""
 
+from sb3_ppo_variants.agreement import RanksDifferError
 from sb3_ppo_variants.buffers import RewardsToGoRolloutBuffer
 from sb3_ppo_variants.callbacks import (
     GradientNoiseScaleCallback,
@@ -8,6 +9,7 @@ from sb3_ppo_variants.callbacks import (
     TrustRegionLoggingCallback,
     UpdateCallback,
 )
+from sb3_ppo_variants.distributed import LostRankError
 from sb3_ppo_variants.env_state import ResumableWrapper
 from sb3_ppo_variants.kl_coef import KLCoefController
 from sb3_ppo_variants.nonfinite import NonFiniteError
@@ -29,7 +31,9 @@ __all__ = [
     "KLAdaptiveLearningRateCallback",
     "KLCoefController",
     "KLEarlyStoppingCallback",
+    "LostRankError",
     "NonFiniteError",
+    "RanksDifferError",
     "ResumableCheckpointCallback",
     "ResumableWrapper",
     "RewardsToGoRolloutBuffer",

@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants import safe_file
+from sb3_ppo_variants.agreement import check_agreement, check_equal, check_supported
 from sb3_ppo_variants.arguments import (
     check_bool,
     check_choice,
@@ -37,9 +38,10 @@ from sb3_ppo_variants.arguments import (
     parse_schedule,
 )
 from sb3_ppo_variants.blame import add_note, stepped_environment
-from sb3_ppo_variants.callbacks import UpdateHooks
+from sb3_ppo_variants.callbacks import UpdateHooks, on_rank
 from sb3_ppo_variants.collection import renew_advantages
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
+from sb3_ppo_variants.distributed import ALONE, Ranks, draw_apart, written_by_all
 from sb3_ppo_variants.engines import ENGINES, Engine, EngineChoice
 from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
@@ -53,7 +55,8 @@ from sb3_ppo_variants.nonfinite import (
     nonfinite_in_rollout,
     nonfinite_observation,
 )
-from sb3_ppo_variants.resume import go_on, newest, read
+from sb3_ppo_variants.normalization import SharedStatistics
+from sb3_ppo_variants.resume import go_on, read_by_first
 from sb3_ppo_variants.safe_file import UntrustedFileError
 from sb3_ppo_variants.transaction import Attempt, Transaction, checked
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
@@ -132,6 +135,10 @@ class PPOBase(OnPolicyAlgorithm):
         self._iteration = 0
         self._is_learning = False
         self._callback: BaseCallback | None = None
+        self._ranks = Ranks.present()
+        self._ranks.choose_device()
+        self._statistics: SharedStatistics | None = None
+        self._new_episodes: tuple[list[Any], list[Any]] = ([], [])
         kwargs["_init_setup_model"] = False
         super().__init__(*args, **kwargs)
         self._read_arguments()
@@ -271,10 +278,50 @@ class PPOBase(OnPolicyAlgorithm):
             raise ValueError(f"`env` must have observations that are arrays, or dicts of these, not {space}")
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's; environments have seeds as if those of all ranks stood in one vector environment."""
+        super().set_random_seed(None if seed is None else seed + self._ranks.rank * self.n_envs)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._ranks = Ranks.present()
+        if not self._ranks.several:
+            return super()._setup_learn(*args, **kwargs)
+        self._join_ranks(*args, **kwargs)
+        tensorboard_log = self.tensorboard_log
+        if not self._ranks.is_first:
+            self.verbose, self.tensorboard_log = 0, None
+        try:
+            return super()._setup_learn(*args, **kwargs)
+        finally:
+            self.tensorboard_log = tensorboard_log
+
+    def _join_ranks(self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any) -> None:
+        """
+        All ranks have the same settings and parameters, and environments and random numbers of their own.
+
+        :raises RanksDifferError: if their settings differ
+        :raises ValueError: if something is asked for that several ranks can't do together
+        """
+        ranks = self._ranks
+        ranks.connect()
+        check_agreement(ranks, self, self._learn_arguments, callback)
+        check_supported(self)
+        if self.seed is None and self._last_obs is None:
+            assert self.env is not None
+            draw_apart(ranks, self.env)
+        self._statistics = SharedStatistics(self)
+        parameters = ranks.broadcast(self.get_parameters())
+        if not ranks.is_first:
+            self.set_parameters(parameters, device=self.device)
+            for logger in filter(None, [getattr(self, "_logger", None)]):
+                logger.output_formats = []
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         # `learn` keeps the callback to itself, and containers don't hand on hooks that they don't know: callbacks with
         # hooks register when they are initialised.
         self._update_hooks = UpdateHooks()
+        if self._ranks.several:
+            callback, progress_bar = on_rank(self._ranks, callback, progress_bar), False
         self._callback = super()._init_callback(callback, progress_bar)
         self._update_hooks.on_ready()
         return self._callback
@@ -284,6 +331,11 @@ class PPOBase(OnPolicyAlgorithm):
         if isinstance(infos, Infos) and dones is not None:
             infos, dones = [infos[index] for index in infos.ended], np.asarray(dones)[infos.ended]
         super()._update_info_buffer(infos, dones)
+        if self._ranks.several and dones is not None:
+            episodes, successes = self._new_episodes
+            episodes.extend(info["episode"] for info in infos if info.get("episode") is not None)
+            ended = [info for info, done in zip(infos, dones, strict=True) if done]
+            successes.extend(info["is_success"] for info in ended if info.get("is_success") is not None)
 
     def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
         """
@@ -297,8 +349,30 @@ class PPOBase(OnPolicyAlgorithm):
                 f"`env` must reset in the same step for {type(self).__name__}: make it with "
                 "`autoreset_mode=AutoresetMode.SAME_STEP`"
             )
+        self._ranks.arrive()
+        before = self.num_timesteps
         with self._naming_culprits():
-            return super().collect_rollouts(env, *args, **kwargs)
+            goes_on = super().collect_rollouts(env, *args, **kwargs)
+        self.num_timesteps += (self._ranks.size - 1) * (self.num_timesteps - before)
+        return self._after_rollout(goes_on)
+
+    def _after_rollout(self, goes_on: bool) -> bool:
+        """What ranks have seen is put together; if training ends on one of them, it does on all."""
+        if not self._ranks.several:
+            return goes_on
+        assert self._statistics is not None
+        self._statistics.merge(self._ranks)
+        self._share_episodes()
+        return not self._ranks.any(not goes_on)
+
+    def _share_episodes(self) -> None:
+        assert self.ep_info_buffer is not None
+        assert self.ep_success_buffer is not None
+        for rank, (episodes, successes) in enumerate(self._ranks.gather(self._new_episodes)):
+            if rank != self._ranks.rank:
+                self.ep_info_buffer.extend(episodes)
+                self.ep_success_buffer.extend(successes)
+        self._new_episodes = ([], [])
 
     @contextmanager
     def _naming_culprits(self) -> Iterator[None]:
@@ -326,6 +400,7 @@ class PPOBase(OnPolicyAlgorithm):
         if self.n_epochs < 1:
             raise ValueError(f"`n_epochs` must be an integer >= 1, not {self.n_epochs!r}")
         self._iteration += 1
+        self._ranks.arrive()
         self._follow_changes()
         if not self._rollout_is_finite():
             self._update_hooks.on_update_settled()
@@ -334,7 +409,7 @@ class PPOBase(OnPolicyAlgorithm):
         self._update_learning_rates()
         coefs = self._current_coefficients()
         trust_region = self._if_exact_kl_is_known(coefs, partial(self._make_trust_region, coefs))
-        watched = bool(self._update_hooks) or bool(tensorboard_writers(self.logger))
+        watched = self._ranks.any(bool(self._update_hooks) or bool(tensorboard_writers(self.logger)))
         stats = UpdateStats(coefs, trust_region, keep_kls=watched and trust_region is not None)
         self._update_hooks.on_update_start(self.num_timesteps)
         engine = self._engine_choice.engine(self, coefs, trust_region)
@@ -368,6 +443,7 @@ class PPOBase(OnPolicyAlgorithm):
             finally:
                 engine.publish()
             check_parameters(self.policy)
+            check_equal(self._ranks, self.policy)
             self._measure_displacement(stats, trust_region, transaction)
 
         stats.restored = transaction.undone
@@ -381,9 +457,14 @@ class PPOBase(OnPolicyAlgorithm):
 
         Where single minibatches are to be skipped, they show themselves by their gradients.
         """
-        culprit = None if self.on_nonfinite == "skip" else nonfinite_in_rollout(self.rollout_buffer)
+        if self.on_nonfinite == "skip":
+            return True
+        culprits = self._ranks.gather(nonfinite_in_rollout(self.rollout_buffer))
+        rank, culprit = next(((rank, each) for rank, each in enumerate(culprits) if each is not None), (0, None))
         if culprit is None:
             return True
+        if self._ranks.several:
+            culprit += f" on rank {rank}"
         if self.on_nonfinite == "raise":
             raise NonFiniteError(f"{culprit} in update {self._iteration}")
         # VecNormalize, for one, makes NaN of all that comes after it: nothing would be learned any more.
@@ -398,7 +479,7 @@ class PPOBase(OnPolicyAlgorithm):
         displacement = self._if_exact_kl_is_known(stats.coefs, trust_region.measure)
         if displacement is None:
             return
-        kl = displacement.kl.mean().item()
+        kl: float = self._ranks.mean(displacement.kl.mean().item())
         if not math.isfinite(kl):
             raise NonFiniteError(f"the KL divergence is {kl} after update {self._iteration}")
         stats.displacement, stats.whole_step_kl = displacement, kl
@@ -417,7 +498,16 @@ class PPOBase(OnPolicyAlgorithm):
             hooks(stats)
         finally:
             obstacle = engine.fetch()
+        if self._ranks.several:
+            obstacle = self._agree(stats, obstacle)
         return engine if obstacle is None else self._engine_choice.engine_after(engine, obstacle, self)
+
+    def _agree(self, stats: UpdateStats, obstacle: str | None) -> str | None:
+        """What a callback has ended on one rank ends on all, and where one can't go on by its engine none does."""
+        seen = self._ranks.gather((stats.policy_stopped, stats.critic_stopped, obstacle))
+        stats.policy_stopped = any(policy_stopped for policy_stopped, _, _ in seen)
+        stats.critic_stopped = any(critic_stopped for _, critic_stopped, _ in seen)
+        return next((why for _, _, why in seen if why is not None), None)
 
     def _train_critic(self, engine: Engine, stats: UpdateStats, before_policy: bool) -> None:
         """The critic's passes of its own; in a joint update those that are left if the policy alone was stopped."""
@@ -448,7 +538,7 @@ class PPOBase(OnPolicyAlgorithm):
         """
         if self.target_kl is None:
             return True
-        approx_kl = k3(stats.log_ratio).mean().cpu().numpy()
+        approx_kl = self._ranks.mean(k3(stats.log_ratio).mean().cpu().numpy())
         if not approx_kl > 1.5 * self.target_kl:
             return True
         if self.verbose >= 1:
@@ -587,7 +677,8 @@ class PPOBase(OnPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model in training is no part of that training, and callbacks can't be copied.
-        return {**self.__dict__, "_update_hooks": UpdateHooks(), "_callback": None, "_is_learning": False}
+        alone = {"_ranks": ALONE, "_statistics": None}
+        return {**self.__dict__, "_update_hooks": UpdateHooks(), "_callback": None, "_is_learning": False, **alone}
 
     def _excluded_save_params(self) -> list[str]:
         # Whatever is left must be readable without this package, for SB3's PPO to load what was trained in clip mode.
@@ -601,6 +692,9 @@ class PPOBase(OnPolicyAlgorithm):
             "_iteration",
             "_callback",
             "_is_learning",
+            "_ranks",
+            "_statistics",
+            "_new_episodes",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
@@ -695,6 +789,13 @@ class PPOBase(OnPolicyAlgorithm):
             this package reads it, SB3 doesn't
         :raises ValueError: if that isn't possible; the message names the attribute
         """
+        if self._ranks.several and isinstance(path, (str, pathlib.Path)):
+            with written_by_all(path, self._ranks) as own:  # a script that is started on all ranks saves on all of them
+                self._save(own, exclude, include, safe)
+        else:
+            self._save(path, exclude, include, safe)
+
+    def _save(self, path: Any, exclude: Iterable[str] | None, include: Iterable[str] | None, safe: bool) -> None:
         if not safe:
             super().save(path, exclude, include)
             return
@@ -726,10 +827,11 @@ class PPOBase(OnPolicyAlgorithm):
         :return: the trained model
         :raises DamagedCheckpointError: if the file is none, or damaged
         :raises FileNotFoundError: if the folder has no whole checkpoint
-        :raises ValueError: if the environments are built in another way
+        :raises ValueError: if the environments are built in another way, or if it is of another number of ranks
         """
-        path = pathlib.Path(path)
-        checkpoint = newest(path) if path.is_dir() else read(path)
-        model = cls.load(io.BytesIO(checkpoint.model), env, device, force_reset=False)
-        go_on(model, checkpoint.state, callback, progress_bar)
+        ranks = Ranks.present()
+        ranks.connect()
+        saved, state = read_by_first(ranks, pathlib.Path(path))
+        model = cls.load(io.BytesIO(saved), env, device, force_reset=False)
+        go_on(model, state, callback, progress_bar)
         return model

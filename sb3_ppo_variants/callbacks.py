@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EventCallback,
+    ProgressBarCallback,
+)
 from stable_baselines3.common.logger import HParam
+from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
 from sb3_ppo_variants.arguments import check_bool, check_choice, check_positive, check_positive_int, check_real
 from sb3_ppo_variants.critic import critic_parameters
+from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.kl import ESTIMATORS
 from sb3_ppo_variants.logs import tensorboard_writers
 from sb3_ppo_variants.snapshot import Snapshot
@@ -91,6 +101,10 @@ class UpdateCallback(BaseCallback):
         :param stats: the whole update
         """
 
+    def _mean_of_all(self, samples: th.Tensor) -> float:
+        """Over samples and ranks; for all ranks to call."""
+        return float(self.model._ranks.mean(samples.mean().item()))
+
     def _on_update_settled(self) -> None:
         """Called after all callbacks' ``_on_update_end``: what the update leaves behind is as it stays."""
 
@@ -162,6 +176,41 @@ class UpdateHooks:
         """When training ends, whatever ends it."""
         for callback in self._callbacks:
             callback._on_leaving(ended)
+
+
+def on_rank(ranks: Ranks, callback: MaybeCallback, progress_bar: bool) -> list[BaseCallback] | None:
+    """
+    What a rank has to do of what its script asks for: rank 0 alone evaluates, writes checkpoints and shows progress.
+
+    :param ranks: the ranks
+    :param callback: as ``learn`` takes it
+    :param progress_bar: as ``learn`` takes it
+    :return: for ``learn``, which is to show no progress bar
+    """
+    callbacks: list[Any] = callback if isinstance(callback, list) else [] if callback is None else [callback]
+    callbacks = [each if isinstance(each, BaseCallback) else ConvertCallback(each) for each in callbacks]
+    if not ranks.is_first:
+        callbacks = [each for each in map(_without_firsts, callbacks) if each is not None]
+    elif progress_bar:
+        callbacks = [*callbacks, _ProgressOfAll()]
+    return callbacks or None
+
+
+def _without_firsts(callback: Any) -> Any:
+    """A callback without those that are rank 0's business, ``None`` if nothing is left of it."""
+    if isinstance(callback, (EvalCallback, CheckpointCallback, ProgressBarCallback)):
+        return None
+    if isinstance(callback, CallbackList):
+        return CallbackList([each for each in map(_without_firsts, callback.callbacks) if each is not None])
+    if isinstance(callback, EventCallback) and callback.callback is not None:
+        callback.callback = _without_firsts(callback.callback)
+    return callback
+
+
+class _ProgressOfAll(ProgressBarCallback):
+    def _on_step(self) -> bool:
+        self.pbar.update((self.model._ranks.size - 1) * self.training_env.num_envs)  # type: ignore[attr-defined]
+        return super()._on_step()
 
 
 def _stop_unless(result: Any, stats: UpdateStats, callback: UpdateCallback, hook: str) -> None:
@@ -236,10 +285,10 @@ class KLEarlyStoppingCallback(UpdateCallback):
 
     def _estimate(self, kl: th.Tensor | None, log_ratio: th.Tensor) -> float:
         if self.estimator != "exact":
-            return ESTIMATORS[self.estimator](log_ratio).mean().item()
+            return self._mean_of_all(ESTIMATORS[self.estimator](log_ratio))
         if kl is None:
             raise ValueError(UNKNOWN_KL.format("`estimator` 'exact'") + ". It must be 'k1', 'k2' or 'k3'")
-        return kl.mean().item()
+        return self._mean_of_all(kl)
 
     def _take_snapshot(self) -> None:
         if self.restore:
@@ -306,8 +355,9 @@ class KLAdaptiveLearningRateCallback(UpdateCallback):
     def _on_minibatch(self, stats: UpdateStats) -> bool:
         if stats.kl is None:
             raise ValueError(UNKNOWN_KL.format("KLAdaptiveLearningRateCallback"))
+        kl = self._mean_of_all(stats.kl)
         for group in self.model.policy.optimizer.param_groups:
-            group["lr"] = self._next(group["lr"], stats.kl.mean().item())
+            group["lr"] = self._next(group["lr"], kl)
         return True
 
     def _next(self, learning_rate: float, kl: float) -> float:
@@ -457,7 +507,8 @@ class GradientNoiseScaleCallback(UpdateCallback):
     def _on_update_end(self, stats: UpdateStats) -> None:
         if self._n_minibatches < 2:
             return
-        small, big = self.model._minibatch_size, self.model._minibatch_size * self._n_minibatches
+        small = self.model._minibatch_size * self.model._ranks.size
+        big = small * self._n_minibatches
         small_norm = self._sum_of_squared_norms / self._n_minibatches
         big_norm = (self._sum_of_gradients / self._n_minibatches).pow(2).sum().item()
         squared_gradient = (big * big_norm - small * small_norm) / (big - small)

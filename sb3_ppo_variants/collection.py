@@ -62,7 +62,7 @@ def collect_rollouts(
 
         new_obs, rewards, dones, infos = env.step(clipped_actions)
 
-        self.num_timesteps += int(np.count_nonzero(kept[-1]))
+        self.num_timesteps += int(np.count_nonzero(kept[-1])) * self._ranks.size
         if watched:
             callback.update_locals(locals())
         if not callback.on_step():

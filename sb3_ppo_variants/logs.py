@@ -1,12 +1,14 @@
 """The values that an update leaves in SB3's logger, all under ``train/``."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import explained_variance
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.update import UpdateStats
 
 if TYPE_CHECKING:
@@ -15,36 +17,38 @@ if TYPE_CHECKING:
 
 def log_update(model: "PPOBase", stats: UpdateStats) -> None:
     """
-    Record an update.
+    Record an update, of all ranks.
 
     :param model: the algorithm
     :param stats: its update
     """
-    record = model.logger.record
-    if "loss" in stats:
-        _record_sb3_keys(model, stats)
-    _record_faults(model, stats)
-    record("train/kl_coef", stats.coefs.kl_coef)
-    record("train/kl_penalty_loss", stats.mean("kl_penalty_loss") if "kl_penalty_loss" in stats else 0.0)
+    values = _sb3_values(model, stats) if "loss" in stats else {}
+    values |= _faults(model, stats)
+    values["train/kl_coef"] = stats.coefs.kl_coef
+    values["train/kl_penalty_loss"] = stats.mean("kl_penalty_loss") if "kl_penalty_loss" in stats else 0.0
     if "grad_norm" in stats:
-        record("train/grad_norm", stats.mean("grad_norm"))
-    record("train/gradient_steps", stats.gradient_steps)
-    record("train/stopped_epoch", stats.epochs_completed)
+        values["train/grad_norm"] = stats.mean("grad_norm")
+    values["train/gradient_steps"] = stats.gradient_steps
+    values["train/stopped_epoch"] = stats.epochs_completed
     if stats.displacement is not None:
-        record("train/kl", stats.displacement.kl.mean().item())
-        record("train/kl_max", stats.displacement.kl.max().item())
-    if tensorboard_writers(model.logger):
+        values["train/kl"] = stats.displacement.kl.mean().item()
+        values["train/kl_max"] = max(model._ranks.gather(stats.displacement.kl.max().item()))
+    for key, value in model._ranks.means(values).items():
+        model.logger.record(key, value, exclude="tensorboard" if key == "train/n_updates" else None)
+    if model._ranks.any(bool(tensorboard_writers(model.logger))):
         _log_kl_per_epoch(model, stats)
 
 
-def _record_faults(model: "PPOBase", stats: UpdateStats) -> None:
+def _faults(model: "PPOBase", stats: UpdateStats) -> dict[str, Any]:
     """What was done about numbers that aren't finite, and about a KL beyond its bound, where either was asked for."""
+    faults: dict[str, Any] = {}
     if model.on_nonfinite == "skip":
-        model.logger.record("train/skipped_minibatches", stats.n_skipped)
+        faults["train/skipped_minibatches"] = stats.n_skipped
     if model.on_nonfinite != "raise":
-        model.logger.record("train/restored", int(stats.restored))
+        faults["train/restored"] = int(stats.restored)
     if stats.n_halvings is not None:
-        model.logger.record("train/halvings", stats.n_halvings)
+        faults["train/halvings"] = stats.n_halvings
+    return faults
 
 
 def tensorboard_writers(logger: Logger | None) -> list[SummaryWriter]:
@@ -53,28 +57,36 @@ def tensorboard_writers(logger: Logger | None) -> list[SummaryWriter]:
     return [output.writer for output in outputs if isinstance(output, TensorBoardOutputFormat)]
 
 
-def _record_sb3_keys(model: "PPOBase", stats: UpdateStats) -> None:
+def _sb3_values(model: "PPOBase", stats: UpdateStats) -> dict[str, Any]:
     """SB3's keys with SB3's values, in SB3's precision: means in float64, but the one of ``approx_kl`` in its own."""
-    record = model.logger.record
     buffer = model.rollout_buffer
-    record("train/entropy_loss", stats.mean("entropy_loss"))
-    record("train/policy_gradient_loss", stats.mean("policy_loss"))
+    values: dict[str, Any] = {
+        "train/entropy_loss": stats.mean("entropy_loss"),
+        "train/policy_gradient_loss": stats.mean("policy_loss"),
+    }
     if "value_loss" in stats:
-        record("train/value_loss", stats.mean("value_loss"))
-    record("train/approx_kl", stats.last_epoch("approx_kl").mean())
-    record("train/loss", stats.latest("loss"))
-    record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        values["train/value_loss"] = stats.mean("value_loss")
+    values["train/approx_kl"] = stats.last_epoch("approx_kl").mean()
+    values["train/loss"] = stats.latest("loss")
+    values["train/explained_variance"] = _explained_variance(model._ranks, buffer.values.flatten(), buffer.returns.flatten())
     if hasattr(model.policy, "log_std"):
-        record("train/std", th.exp(model.policy.log_std).mean().item())
-    record("train/n_updates", model._n_updates, exclude="tensorboard")
+        values["train/std"] = th.exp(model.policy.log_std).mean().item()
+    values["train/n_updates"] = model._n_updates
     if stats.coefs.clip_range is not None:
-        record("train/clip_fraction", stats.mean("clip_fraction"))
+        values["train/clip_fraction"] = stats.mean("clip_fraction")
         low, high = stats.coefs.clip_range
-        record("train/clip_range", low)
+        values["train/clip_range"] = low
         if high != low:
-            record("train/clip_range_high", high)
+            values["train/clip_range_high"] = high
     if stats.coefs.clip_range_vf is not None:
-        record("train/clip_range_vf", stats.coefs.clip_range_vf)
+        values["train/clip_range_vf"] = stats.coefs.clip_range_vf
+    return values
+
+
+def _explained_variance(ranks: Ranks, values: np.ndarray, returns: np.ndarray) -> Any:
+    if ranks.several:
+        values, returns = (np.concatenate(parts) for parts in zip(*ranks.gather((values, returns)), strict=True))
+    return explained_variance(values, returns)
 
 
 def _log_kl_per_epoch(model: "PPOBase", stats: UpdateStats) -> None:
@@ -84,7 +96,8 @@ def _log_kl_per_epoch(model: "PPOBase", stats: UpdateStats) -> None:
     SB3's logger keeps one value a key from one dump to the next, so the points go to TensorBoard directly.
     """
     rollout_size = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
-    for epoch, kl in enumerate(stats.kl_per_epoch()):
+    kls = {str(epoch): kl for epoch, kl in enumerate(stats.kl_per_epoch())}
+    for epoch, kl in enumerate(model._ranks.means(kls).values()):
         step = model.num_timesteps + rollout_size * (epoch + 1) // model.n_epochs
         for writer in tensorboard_writers(model.logger):
             writer.add_scalar("train/kl_per_epoch", kl, step)

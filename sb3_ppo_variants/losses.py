@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch as th
 from torch.nn import functional as F
 
+from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.kl import k3
 
 Metrics: TypeAlias = dict[str, th.Tensor]
@@ -142,6 +143,27 @@ def normalize_each(advantages: th.Tensor, batch_size: int) -> th.Tensor:
     return th.cat([normalized, normalize(rest)]) if n_rest > 0 else normalized
 
 
+def normalize_over_ranks(advantages: th.Tensor, batch_size: int, ranks: Ranks) -> th.Tensor:
+    """
+    :func:`normalize` of minibatches of which each rank has an equal part; for all ranks to call.
+
+    :param advantages: of this rank's part, in its order, shape (n_samples,)
+    :param batch_size: samples of a minibatch on this rank, the last one may have fewer
+    :param ranks: the ranks
+    :return: shape (n_samples,)
+    """
+    parts = th.split(advantages.double(), batch_size)
+    moments = th.stack([th.stack([part.sum(), part.square().sum()]) for part in parts])
+    sizes = th.tensor([len(part) for part in parts], dtype=th.float64, device=advantages.device)
+    ranks.average(moments)
+    mean, mean_square = (moments / sizes[:, None]).T
+    n_samples = sizes * ranks.size
+    std = ((mean_square - mean.square()).clamp(min=0) * n_samples / (n_samples - 1)).sqrt()
+    each = th.repeat_interleave(sizes.long())
+    normalized: th.Tensor = (advantages - mean[each]) / (std[each] + 1e-8)
+    return normalized.float()
+
+
 def surrogate(ratio: th.Tensor, advantages: th.Tensor, mean: Mean = th.mean) -> th.Tensor:
     """
     The conservative policy iteration objective of eq. 6, to be maximised: E[r A].
@@ -224,18 +246,26 @@ def rolls_back(kl: th.Tensor, ratio: th.Tensor, advantages: th.Tensor, kl_rollba
     return (kl >= kl_rollback) & (ratio * advantages >= advantages)
 
 
-def kl_penalty(kl: th.Tensor, coefs: Coefficients, mean: Mean = th.mean, where: th.Tensor | None = None) -> th.Tensor:
+def kl_penalty(
+    kl: th.Tensor,
+    coefs: Coefficients,
+    mean: Mean = th.mean,
+    where: th.Tensor | None = None,
+    hinge_kl: Callable[[th.Tensor], th.Tensor] | None = None,
+) -> th.Tensor:
     """
     The KL penalty of eq. 8, to be minimised: beta E[KL(old || new)], and the hinge of modular_rl and TF-Agents.
 
     :param kl: shape (b,), in nats
     :param coefs: beta, the hinge's weight and threshold
     :param where: the samples that beta acts on, shape (b,), ``None`` for all
+    :param hinge_kl: makes of the mean KL what the hinge acts on, ``None`` if it is that itself
     :return: shape ()
     """
     mean_kl = mean(kl)
     penalty = coefs.kl_coef * (mean_kl if where is None else mean(kl * where))
     if coefs.hinge_coef > 0:
+        mean_kl = mean_kl if hinge_kl is None else hinge_kl(mean_kl)
         penalty = penalty + coefs.hinge_coef * F.relu(mean_kl - coefs.hinge_kl).pow(2)
     return penalty
 
@@ -269,7 +299,13 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, mean: Mean = th
     return -mean(entropy)
 
 
-def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients, mean: Mean = th.mean) -> tuple[th.Tensor, Metrics]:
+def ppo_loss(
+    new: Evaluation,
+    samples: Samples,
+    coefs: Coefficients,
+    mean: Mean = th.mean,
+    hinge_kl: Callable[[th.Tensor], th.Tensor] | None = None,
+) -> tuple[th.Tensor, Metrics]:
     """
     The whole loss, to be minimised: -surrogate - ent_coef S + vf_coef value loss + KL penalty (eqs. 7 to 9).
 
@@ -278,6 +314,7 @@ def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients, mean: Mean 
     :param coefs: the coefficients in effect
     :param mean: the average over samples, E; :func:`mean_of_each` for several minibatches at once, whose advantages have
         to be normalised before
+    :param hinge_kl: as :func:`kl_penalty` takes it
     :return: the loss, shape (), with its gradient's graph; and detached metrics, each of shape ()
     """
     advantages = normalize(samples.advantages) if coefs.normalize_advantage else samples.advantages
@@ -298,7 +335,7 @@ def ppo_loss(new: Evaluation, samples: Samples, coefs: Coefficients, mean: Mean 
         where = None
         if coefs.kl_rollback is not None:
             where = rolls_back(new.kl.detach(), ratio.detach(), advantages, coefs.kl_rollback)
-        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs, mean, where)
+        metrics["kl_penalty_loss"] = kl_penalty(new.kl, coefs, mean, where, hinge_kl)
         loss = loss + metrics["kl_penalty_loss"]
     if coefs.clip_range is not None:
         low, high = coefs.clip_range

@@ -170,14 +170,15 @@ class PPO(PPOBase, stable_baselines3.PPO):
         """SB3's, or its lean equivalent where the engine isn't ``"eager"`` and all it has to do is known."""
         lengthen(rollout_buffer)
         lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
-        if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env):
+        if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env) and not self._ranks.several:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        self._ranks.arrive()
         with self._naming_culprits():
-            while collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy):
+            while goes_on := collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, lean_policy):
                 if rollout_buffer.buffer_size > 0:
-                    return True
+                    break
                 lengthen(rollout_buffer)  # it had nothing but resets
-        return False
+        return self._after_rollout(goes_on)
 
     def learn(
         self: SelfPPO,

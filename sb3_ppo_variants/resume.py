@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_variants.arguments import check_positive_int
 from sb3_ppo_variants.callbacks import UpdateCallback
+from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.env_state import capture_vec_env, restore_vec_env
 
 if TYPE_CHECKING:
@@ -54,35 +55,43 @@ class Checkpoint(NamedTuple):
     Between two updates.
 
     :param model: as ``model.save`` writes it
-    :param state: everything else, see :func:`take`
+    :param states: everything else, see :func:`state_of`, of each rank
     """
 
     model: bytes
-    state: dict[str, Any]
+    states: list[dict[str, Any]]
 
 
-def take(model: "PPOBase", at_start: dict[int, dict[str, bytes]]) -> Checkpoint:
+OF_A_RANK = (
+    "_last_obs",
+    "_last_original_obs",
+    "_last_episode_starts",
+    "_last_lstm_states",
+    "ep_info_buffer",
+    "ep_success_buffer",
+)
+"""Attributes of a model that depend on its environments."""
+
+
+def state_of(model: "PPOBase", at_start: dict[int, dict[str, bytes]]) -> dict[str, Any]:
     """
-    A checkpoint of a model in training, behind an update.
+    What the rest of a training depends on but for the model itself, behind an update.
 
     :param model: the model
     :param at_start: its callbacks' plain attributes when training started, by the callbacks' ids
     :raises UncapturedStateError: if an environment's wrapper can't be pickled
     """
-    saved = io.BytesIO()
-    model.save(saved)
     assert model.env is not None
     logger = model.logger
-    state = {
+    return {
         "env": capture_vec_env(model.env),
-        "lstm_states": getattr(model, "_last_lstm_states", None),
+        "of_rank": {name: value for name, value in vars(model).items() if name in OF_A_RANK},
         "logged": (dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)),
         "learning": {**model._learn_arguments, "total_timesteps": model._total_timesteps},
         "iteration": model._iteration,
         "callbacks": [_callback_state(each, at_start.get(id(each), {})) for each in _callbacks(model._callback)],
         "random": _random_states(),
     }
-    return Checkpoint(saved.getvalue(), state)
 
 
 def _random_states() -> dict[str, Any]:
@@ -105,7 +114,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     :param checkpoint: the checkpoint
     :param path: of the file
     """
-    parts = {"model.zip": checkpoint.model, "state.pkl": pickle.dumps(checkpoint.state)}
+    parts = {"model.zip": checkpoint.model, "states.pkl": pickle.dumps(checkpoint.states)}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -138,11 +147,11 @@ def read(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"`path` must be a checkpoint, or a folder of checkpoints, not {path}, which doesn't exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            parts = {name: archive.read(name) for name in ("model.zip", "state.pkl")}
+            parts = {name: archive.read(name) for name in ("model.zip", "states.pkl")}
             sums = json.loads(archive.read("sha256.json"))
         if any(hashlib.sha256(content).hexdigest() != sums[name] for name, content in parts.items()):
             raise ValueError("a checksum differs")
-        return Checkpoint(parts["model.zip"], pickle.loads(parts["state.pkl"]))
+        return Checkpoint(parts["model.zip"], pickle.loads(parts["states.pkl"]))
     except UNREADABLE as error:
         raise DamagedCheckpointError(f"{path} is no checkpoint, or a damaged one: {error}") from error
 
@@ -165,6 +174,32 @@ def newest(folder: Path, name_prefix: str | None = None) -> Checkpoint:
     if paths:
         raise DamagedCheckpointError(f"none of the {len(paths)} checkpoints in {folder} is whole")
     raise FileNotFoundError(f"`path` must be a checkpoint, or a folder of checkpoints, not {folder}")
+
+
+def read_by_first(ranks: Ranks, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """
+    What a rank needs of a checkpoint, which only rank 0 has to have; for all to call.
+
+    :param ranks: the ranks
+    :param path: of the checkpoint, or of a folder, of which the newest whole one is taken
+    :return: the model, as ``model.save`` writes it, and the rank's state
+    :raises DamagedCheckpointError: if it is none, or damaged
+    :raises FileNotFoundError: if there is none
+    :raises ValueError: if it is of another number of ranks
+    """
+    checkpoint, error = None, None
+    if ranks.is_first:
+        try:
+            checkpoint = newest(path) if path.is_dir() else read(path)
+            if len(checkpoint.states) != ranks.size:
+                raise ValueError(f"`path` must be a checkpoint of {ranks.size} ranks, not of {len(checkpoint.states)}: {path}")
+        except (DamagedCheckpointError, OSError, ValueError) as refusal:
+            error = refusal
+    error = ranks.broadcast(error)
+    if error is not None:
+        raise error
+    model = ranks.broadcast(None if checkpoint is None else checkpoint.model)
+    return model, ranks.scatter(None if checkpoint is None else checkpoint.states)
 
 
 def in_order(folder: Path, name_prefix: str | None = None) -> list[Path]:
@@ -219,7 +254,7 @@ class ResumableCheckpointCallback(UpdateCallback):
         self.save_path.mkdir(parents=True, exist_ok=True)
 
     def _on_ready(self) -> None:
-        for path in in_order(self.save_path, self.name_prefix):
+        for path in in_order(self.save_path, self.name_prefix) if self.model._ranks.is_first else []:
             if (_steps(path, self.name_prefix) or 0) > self.model.num_timesteps and _is_whole(path):
                 raise ValueError(
                     f"`save_path` must not have checkpoints of another training, such as {path}, which is further than this "
@@ -251,6 +286,7 @@ class ResumableCheckpointCallback(UpdateCallback):
 
     def _on_update_settled(self) -> None:
         self.n_updates += 1
+        self._stopping = self.model._ranks.any(self._stopping)
         if self._stopping or self.n_updates % self.save_freq == 0:
             self.save()
         if self._stopping:
@@ -259,11 +295,16 @@ class ResumableCheckpointCallback(UpdateCallback):
 
     def save(self) -> Path:
         """Write a checkpoint now, behind an update."""
-        checkpoint = take(self.model, self._at_start)
-        self._tell(checkpoint.state["env"].envs)
+        state = state_of(self.model, self._at_start)
+        self._tell(state["env"].envs)
         self._tell_what_is_lost()
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps{SUFFIX}"
-        write(checkpoint, path)
+        states = self.model._ranks.gather(state)
+        if not self.model._ranks.is_first:
+            return path
+        model = io.BytesIO()
+        self.model.save(model)
+        write(Checkpoint(model.getvalue(), states), path)
         paths = in_order(self.save_path, self.name_prefix)
         for old in paths[: max(paths.index(path) + 1 - self.keep, 0)]:  # later ones, if any, are damaged
             old.unlink()
@@ -291,17 +332,16 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
     Continue a training.
 
     :param model: as it was loaded from the checkpoint
-    :param state: the checkpoint's
+    :param state: the checkpoint's, of this rank
     :param callback: as ``learn`` takes it, of the same kinds as before
     :param progress_bar: as ``learn`` takes it
     """
     assert model.env is not None
     learning = state["learning"]
     total_timesteps, log_interval = learning["total_timesteps"], learning["log_interval"]
+    vars(model).update(state["of_rank"])
     if not restore_vec_env(model.env, state["env"]):
         model._last_obs = None
-    if state["lstm_states"] is not None:
-        model._last_lstm_states = state["lstm_states"]  # type: ignore[attr-defined]
     model._learn_arguments, model._iteration = learning, state["iteration"]
     extra = {"use_masking": learning["use_masking"]} if "use_masking" in learning else {}
     with model._left_in_order():

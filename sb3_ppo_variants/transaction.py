@@ -38,7 +38,7 @@ class Transaction:
             self._snapshots.append(Snapshot(policy, critic_parameters(policy), model.value_optimizer))
         self._model, self._n_updates = model, model._n_updates
         self._raises = model.on_nonfinite == "raise"
-        self._verbose = model.verbose
+        self._verbose, self._several = model.verbose, model._ranks.several
         self.undone = False
 
     def __enter__(self) -> "Transaction":
@@ -51,11 +51,12 @@ class Transaction:
             snapshot.restore()
         self._model._n_updates = self._n_updates
         self.undone = True
-        if self._verbose >= 1 and not self._raises:
+        raises = self._raises or (self._several and is_torchs_refusal(error))  # which other ranks know nothing of
+        if self._verbose >= 1 and not raises:
             print(f"Taking the update back: {error}")
-        if self._raises and not isinstance(error, NonFiniteError):
+        if raises and not isinstance(error, NonFiniteError):
             raise NonFiniteError(f"what the policy makes of finite samples isn't finite behind the update: {error}") from error
-        return not self._raises
+        return not raises
 
     @th.no_grad()
     def backtrack(
@@ -72,7 +73,7 @@ class Transaction:
         :param max_kl: largest mean of the exact KL(old || new), in nats
         :return: the displacement in the end, and the number of halvings
         """
-        if displacement.kl.mean().item() <= max_kl:
+        if self._mean_kl(displacement) <= max_kl:
             return displacement, 0
         start = self._of_policy()
         end = [parameter.clone() for parameter, _ in start.parameters]
@@ -80,10 +81,13 @@ class Transaction:
             for (parameter, old), new in zip(start.parameters, end, strict=True):
                 parameter.copy_(th.lerp(old, new, 0.5**n_halvings))
             displacement = measure()
-            if displacement.kl.mean().item() <= max_kl:
+            if self._mean_kl(displacement) <= max_kl:
                 return displacement, n_halvings
         start.restore()
         return measure(), MAX_HALVINGS + 1
+
+    def _mean_kl(self, displacement: Displacement) -> float:
+        return float(self._model._ranks.mean(displacement.kl.mean().item()))
 
     def _of_policy(self) -> Snapshot:
         try:
@@ -131,6 +135,8 @@ class Attempt:
             return False
         stats, model = self._stats, self._model
         added = stats.n_minibatches > self._n_before
+        if is_torchs_refusal(error) and model._ranks.several:
+            return False  # the others learn from this minibatch: no update can be made of it
         if model.on_nonfinite == "skip":
             stats.n_skipped += 1
             self.failed = True

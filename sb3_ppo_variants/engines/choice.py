@@ -49,15 +49,17 @@ class EngineChoice:
         :raises ValueError: if ``engine`` is ``"fused"`` and that isn't possible
         """
         arguments = (model.policy, model.rollout_buffer, model.action_space, coefs, model.max_grad_norm, trust_region)
+        ranks = model._ranks
         if model.engine == "eager":
-            return EagerEngine(*arguments)
+            return EagerEngine(*arguments, ranks)
         reason = self._why_not_fused(model) or why_not_these_actions(model.rollout_buffer, model.action_space)
-        if reason is None:
-            if model.engine == "fused" or self._gradients_agree(arguments, model._minibatch_size):
-                return FusedEngine(*arguments)
+        if reason is None and model.engine != "fused" and not self._gradients_agree(arguments, model._minibatch_size):
             reason = "its gradients differ from autograd's in their last bits on this machine"
+        reason = next((each for each in ranks.gather(reason) if each is not None), None)  # as ranks have to take turns alike
+        if reason is None:
+            return FusedEngine(*arguments, ranks)
         self._say_why_eager(model, reason)
-        return EagerEngine(*arguments)
+        return EagerEngine(*arguments, ranks)
 
     def engine_after(self, engine: Engine, obstacle: str, model: "PPOBase") -> Engine:
         """

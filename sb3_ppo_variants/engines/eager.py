@@ -11,7 +11,7 @@ from sb3_ppo_variants.critic import critic_parameters
 from sb3_ppo_variants.engines.engine import Engine, Forward
 from sb3_ppo_variants.evaluation import evaluate_actions, get_distribution, predict_values, unpadded
 from sb3_ppo_variants.kl import DistributionParams, distribution_params
-from sb3_ppo_variants.losses import Evaluation, Mean, Metrics, Samples, ppo_loss, value_loss
+from sb3_ppo_variants.losses import Evaluation, Mean, Metrics, Samples, normalize_over_ranks, ppo_loss, value_loss
 from sb3_ppo_variants.rollout import Minibatch, minibatches, policy_actions
 
 
@@ -29,7 +29,7 @@ class EagerEngine(Engine):
         :param engine: whose state has been published
         """
         arguments = (engine._policy, engine._buffer, engine._action_space, engine._coefs, engine._max_grad_norm)
-        return cls(*arguments, engine._trust_region)
+        return cls(*arguments, engine._trust_region, engine._ranks)
 
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """One pass over the rollout, in the order, and by the means, of its buffer."""
@@ -45,7 +45,10 @@ class EagerEngine(Engine):
         if kept is not None:
             values, log_prob, entropy = values[kept], log_prob[kept], None if entropy is None else entropy[kept]
             params = None if params is None else params.map(lambda tensor: tensor[kept])
-        samples = _samples(minibatch)
+        samples, coefs = _samples(minibatch), self._coefs
+        if self._ranks.several and coefs.normalize_advantage:
+            advantages = normalize_over_ranks(samples.advantages, len(samples.advantages), self._ranks)
+            samples, coefs = samples._replace(advantages=advantages), coefs._replace(normalize_advantage=False)
         kl = None
         if self._coefs.penalizes_kl:
             assert self._trust_region is not None
@@ -54,10 +57,14 @@ class EagerEngine(Engine):
             kl = self._trust_region.kl(minibatch.indices, params)
         self._differentiated = None
         new = Evaluation(values.flatten(), log_prob, entropy, kl)
-        self._loss, metrics = ppo_loss(new, samples, self._coefs, _mean(minibatch))
+        self._loss, metrics = ppo_loss(new, samples, coefs, _mean(minibatch), self._hinge_kl)
         log_ratio = log_prob.detach() - samples.old_log_prob
         detached = None if params is None else params.map(th.Tensor.detach)
         return Forward(log_ratio, lambda: detached, metrics)
+
+    def _hinge_kl(self, kl: th.Tensor) -> th.Tensor:
+        """The mean KL over the ranks, with the gradient of this one's."""
+        return kl + (self._ranks.mean(kl.item()) - kl.detach()) if self._ranks.several else kl
 
     def critic_forward(self, minibatch: Minibatch, vf_coef: float) -> Metrics:
         """The value loss, for a gradient at the critic's own parameters."""
@@ -76,8 +83,17 @@ class EagerEngine(Engine):
         """The gradient, in ``parameter.grad``."""
         self._policy.optimizer.zero_grad()
         self._loss.backward(inputs=self._differentiated)  # type: ignore[no-untyped-call]
+        if self._ranks.several:
+            self._average_gradients()
         grad_norm = th.nn.utils.clip_grad_norm_(self._policy.parameters(), self._max_grad_norm)
         return {"grad_norm": grad_norm.detach()}
+
+    def _average_gradients(self) -> None:
+        gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None]
+        flat = th.cat([gradient.flatten() for gradient in gradients])
+        self._ranks.average(flat)
+        for gradient, mean in zip(gradients, th.split(flat, [each.numel() for each in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def step(self, optimizer: th.optim.Optimizer | None = None) -> None:
         """The optimiser's own."""

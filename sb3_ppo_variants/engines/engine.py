@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_variants.distributed import ALONE, Ranks
 from sb3_ppo_variants.kl import DistributionParams
 from sb3_ppo_variants.losses import Coefficients, Metrics
 from sb3_ppo_variants.rollout import Minibatch
@@ -54,6 +55,7 @@ class Engine(ABC):
     :param coefs: the coefficients in effect
     :param max_grad_norm: gradients are scaled down to this norm
     :param trust_region: the old policy over the rollout, ``None`` if its exact KL is not known
+    :param ranks: that take the step together, each on a minibatch of its own
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine(ABC):
         coefs: Coefficients,
         max_grad_norm: float,
         trust_region: TrustRegion | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._policy = policy
         self._buffer = buffer
@@ -71,6 +74,7 @@ class Engine(ABC):
         self._coefs = coefs
         self._max_grad_norm = max_grad_norm
         self._trust_region = trust_region
+        self._ranks = ranks
 
     @abstractmethod
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
@@ -91,7 +95,8 @@ class Engine(ABC):
     @abstractmethod
     def backward(self) -> Metrics:
         """
-        The gradient of the latest loss, clipped in norm; that of whatever the loss doesn't depend on is ``None``.
+        The gradient of the latest loss, averaged over the ranks and clipped in norm; that of whatever the loss doesn't depend
+        on is ``None``.
 
         :return: the gradient's norm before clipping
         """

@@ -32,6 +32,7 @@ from sb3_ppo_variants.losses import (
     Samples,
     mean_of_each,
     normalize_each,
+    normalize_over_ranks,
     ppo_loss,
     rolls_back,
     value_loss,
@@ -183,9 +184,14 @@ class FusedEngine(Engine):
         columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
         old_values, old_log_prob, advantages, returns = (column.reshape(-1)[order] for column in columns)
         if self._coefs.normalize_advantage:
-            advantages = normalize_each(th.from_numpy(advantages), batch_size).numpy()
+            advantages = self._normalize(th.from_numpy(advantages), batch_size).numpy()
         actions = buffer.actions[order].astype(np.float32, copy=False)
         return _Columns(order, actions, old_values, old_log_prob, advantages, returns)
+
+    def _normalize(self, advantages: th.Tensor, batch_size: int) -> th.Tensor:
+        if self._ranks.several:
+            return normalize_over_ranks(advantages, batch_size, self._ranks)
+        return normalize_each(advantages, batch_size)
 
     def _load(self, minibatch: Minibatch, part: _Part) -> Workspace:
         """Make a minibatch's observations the networks' inputs."""
@@ -266,6 +272,7 @@ class FusedEngine(Engine):
             if part is not self._actor:
                 self._at_work.d_outputs[-1][:, 0] = self._d_values()
             self._at_work.backward()
+            self._ranks.average(th.from_numpy(part.flat_grad))
             norm = th.linalg.vector_norm(th.stack(th._foreach_norm(part.grads)))
             scale = ONE / (norm.numpy() + NORM_EPS) * self._max_norm  # as torch divides a number by a tensor
             if not scale >= 1:
@@ -305,7 +312,7 @@ class FusedEngine(Engine):
         if not coefs.penalizes_kl:
             return None
         slope, hinge = np.float32(coefs.kl_coef), np.float32(0)
-        excess = np.float32(self._kl.mean()) - np.float32(coefs.hinge_kl)
+        excess = np.float32(self._ranks.mean(self._kl.mean())) - np.float32(coefs.hinge_kl)
         if coefs.hinge_coef > 0 and excess > 0:
             hinge = np.float32(coefs.hinge_coef) * (2 * excess)
         if coefs.kl_rollback is None:

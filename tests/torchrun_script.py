@@ -1,0 +1,79 @@
+"""A training for torchrun to start, in which something may go wrong; a script as users write them."""
+
+import argparse
+import json
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch as th
+import torch.distributed as dist
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ppo_variants import PPOKL, LostRankError, ResumableCheckpointCallback
+
+FAULT_STEP = 40
+"""In the third rollout."""
+
+
+class Fault(BaseCallback):
+    """Something happens to rank 1, when torchrun has started it for the first time."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        super().__init__()
+        self.kind, self.folder = kind, folder
+
+    def _on_step(self) -> bool:
+        if self.n_calls == FAULT_STEP and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            match self.kind:
+                case "kill":
+                    (self.folder / "was_killed").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hang":
+                    time.sleep(600)
+                case "raise":
+                    raise OSError("the simulator is gone")
+                case "wait":  # for whoever runs the test
+                    (self.folder / "waiting").touch()
+                    time.sleep(3)
+        return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--fault", default="none")
+    parser.add_argument("--timeout", type=float, default=60.0)
+    options = parser.parse_args()
+    th.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
+
+    env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2))
+    callbacks = [ResumableCheckpointCallback(options.folder / "checkpoints"), Fault(options.fault, options.folder)]
+    try:
+        train(options.folder, env, callbacks)
+    except LostRankError as error:
+        (options.folder / f"lost_{dist.get_rank()}.txt").write_text(str(error))
+        raise
+    dist.destroy_process_group()
+
+
+def train(folder: Path, env: VecNormalize, callbacks: list[BaseCallback]) -> None:
+    try:
+        model = PPOKL.resume(folder / "checkpoints", env, callbacks, device="cpu")
+    except FileNotFoundError:
+        model = PPOKL("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, seed=0, device="cpu")
+        model.learn(6 * 16 * 2 * dist.get_world_size(), callbacks)
+
+    parameters = {name: value.tolist() for name, value in model.policy.state_dict().items()}
+    result = {"parameters": parameters, "num_timesteps": model.num_timesteps, "beta": model.kl_coef_state.kl_coef}
+    result["mean"] = env.obs_rms.mean.tolist()
+    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

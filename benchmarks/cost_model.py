@@ -1,0 +1,101 @@
+"""
+What an update costs with many ranks: a model with few numbers, fitted to measurements.
+
+An update takes the time of its rollout, of the computation for its minibatches, and of the all-reduce behind each of them.
+Assumptions: every rank has a core, or a GPU, of its own; the gradient's parts go around in a ring (Patarasuk and Yuan 2009,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations"), of 2 (k - 1) messages of 1 / k of the bytes for k
+ranks; a message takes a latency, and its bytes by a bandwidth; no rank is slower than another, and nothing overlaps.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+
+class Network(NamedTuple):
+    """
+    What a message costs.
+
+    :param latency: of one message, in seconds
+    :param bandwidth: in bytes a second
+    """
+
+    latency: float
+    bandwidth: float
+
+
+class UpdateCost(NamedTuple):
+    """
+    What one rank does for an update.
+
+    :param rollout: seconds of its environments and of acting in them
+    :param compute: seconds of all its minibatches' gradients and steps, without communication
+    :param n_reductions: all-reduces of the gradient
+    :param n_bytes: of a gradient
+    """
+
+    rollout: float
+    compute: float
+    n_reductions: int
+    n_bytes: int
+
+
+def all_reduce_seconds(n_ranks: int, n_bytes: int, network: Network) -> float:
+    """
+    Of one all-reduce in a ring.
+
+    :param n_ranks: k
+    :param n_bytes: of the vector
+    :param network: what a message costs
+    """
+    n_messages = 2 * (n_ranks - 1)
+    return n_messages * (network.latency + n_bytes / n_ranks / network.bandwidth)
+
+
+def fit_network(n_ranks: int, n_bytes: Sequence[int], seconds: Sequence[float]) -> Network:
+    """
+    The network that explains measured all-reduces best, by least squares of relative errors.
+
+    :param n_ranks: that have taken part
+    :param n_bytes: of each measured vector
+    :param seconds: that its all-reduce has taken
+    """
+    n_messages, sizes, times = 2 * (n_ranks - 1), np.asarray(n_bytes, dtype=float), np.asarray(seconds)
+    terms = np.stack([np.full(len(sizes), float(n_messages)), n_messages * sizes / n_ranks], axis=1)
+    (latency, seconds_per_byte), _ = nnls(terms / times[:, None], np.ones(len(sizes)))
+    return Network(float(latency), float(1 / seconds_per_byte) if seconds_per_byte > 0 else np.inf)
+
+
+def update_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:
+    """
+    Of an update with many ranks.
+
+    :param n_ranks: k
+    :param cost: what each of them does
+    :param network: what a message costs
+    """
+    communication = cost.n_reductions * all_reduce_seconds(n_ranks, cost.n_bytes, network) if n_ranks > 1 else 0.0
+    return cost.rollout + cost.compute + communication
+
+
+def efficiency(n_ranks: int, cost: UpdateCost, network: Network) -> float:
+    """How many times as many samples a second as one rank's, divided by the number of ranks."""
+    return update_seconds(1, cost, network) / update_seconds(n_ranks, cost, network)
+
+
+def most_ranks(least_efficiency: float, cost: UpdateCost, network: Network) -> int:
+    """
+    How many ranks can take part before the network takes too large a share.
+
+    :param least_efficiency: from 0 to 1
+    :param cost: what each rank does
+    :param network: what a message costs
+    :return: that number, at most a million
+    """
+    low, high = 1, 2**20
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if efficiency(middle, cost, network) >= least_efficiency else (low, middle - 1)
+    return low

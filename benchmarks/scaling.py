@@ -1,0 +1,287 @@
+"""
+What a second rank is worth, what more of them would be, and whether they learn what one process learns.
+
+Measured, in turns: one rank, two ranks, and two processes that don't know of each other, which show what the machine itself
+allows. The all-reduce alone gives the network's latency and bandwidth, and these the prediction of
+:mod:`benchmarks.cost_model`. ``--learning`` compares returns instead. Run it with ``python -m benchmarks.scaling``; nothing
+else should run beside it.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from benchmarks.cost_model import Network, UpdateCost, all_reduce_seconds, efficiency, fit_network, most_ranks
+from benchmarks.provenance import provenance
+from benchmarks.tables import markdown
+
+WARM_UP = 2
+"""Updates that aren't counted."""
+TASKS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {
+        **{"n_envs": 8, "normalize": False, "n_updates": 22},
+        "arguments": {"n_steps": 128, "batch_size": 256, "learning_rate": 1e-3},
+    },
+    "HalfCheetah-v5": {
+        **{"n_envs": 4, "normalize": True, "n_updates": 8},
+        "arguments": {"n_steps": 512, "batch_size": 64},
+    },
+    "Humanoid-v5": {
+        **{"n_envs": 4, "normalize": True, "n_updates": 6},
+        "arguments": {"n_steps": 512, "batch_size": 128, "n_epochs": 5},
+    },
+}
+"""A light environment, a usual one, and a heavy one."""
+LEARNING = {"CartPole-v1": 60, "HalfCheetah-v5": 75}
+"""Updates of a whole training."""
+NETWORKS = {
+    "data centre, 25 Gb/s Ethernet": Network(latency=30e-6, bandwidth=25e9 / 8),
+    "office, 1 Gb/s Ethernet": Network(latency=100e-6, bandwidth=1e9 / 8),
+}
+"""Assumed, to be compared with the loopback that is measured: latency of a message through gloo, and bandwidth."""
+RANKS = (2, 8, 32, 128, 512, 1024)
+
+
+def start(n_ranks: int, output: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Start a task on so many ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)] if n_ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "benchmarks.rank_task", str(output), *arguments]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run(n_ranks: int, settings: dict[str, Any] | None, seed: int = 0, n_copies: int = 1) -> list[Any]:
+    """
+    Run a task to its end.
+
+    :param n_ranks: of each copy
+    :param settings: as :func:`benchmarks.rank_task.train` takes them, ``None`` for the all-reduce alone
+    :param seed: of everything
+    :param n_copies: that run at the same time, and don't know of each other
+    :return: what each copy has found
+    """
+    arguments = ["--seed", str(seed), *([] if settings is None else ["--train", json.dumps(settings)])]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{number}.json" for number in range(n_copies)]
+        processes = [start(n_ranks, output, *arguments) for output in outputs]
+        for process in processes:
+            if process.wait() != 0:
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+        return [json.loads(output.read_text(encoding="utf-8")) for output in outputs]
+
+
+def measure_speed(n_rounds: int) -> pd.DataFrame:
+    """One row an update, behind the warm-up: who, in which round, and what it has taken."""
+    rows = []
+    for turn in range(n_rounds):
+        for env, settings in TASKS.items():
+            contenders = {"one rank": (1, 1), "two ranks": (2, 1), "two apart": (1, 2)}
+            for who, (n_ranks, n_copies) in list(contenders.items())[:: 1 if turn % 2 == 0 else -1]:
+                for result in run(n_ranks, {"env": env, **settings}, turn, n_copies):
+                    for row in result["updates"][WARM_UP:]:
+                        rows.append({"env": env, "who": who, "turn": turn, "n_bytes": result["n_bytes"], **row})
+        print(f"round {turn + 1} of {n_rounds}: done", flush=True)
+    return pd.DataFrame(rows)
+
+
+def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
+    """
+    One row an environment and contender.
+
+    :param measurements: as :func:`measure_speed` returns them
+    :return: samples a second of all its ranks or copies, as a ratio to one rank's, round by round, and shares of an update
+    """
+    rows = []
+    for env, of_env in measurements.groupby("env", sort=False):
+        settings = TASKS[str(env)]
+        samples = settings["n_envs"] * settings["arguments"]["n_steps"]
+        speeds = {}
+        for who, group in of_env.groupby("who"):
+            factor = 1 if who == "one rank" else 2
+            speeds[who] = factor * samples / group.groupby("turn")["seconds"].mean()
+        for who in ("one rank", "two ranks", "two apart"):
+            group = of_env[of_env["who"] == who]
+            ratios, shares = (
+                speeds[who] / speeds["one rank"],
+                group[["rollout", "communication"]].sum() / group["seconds"].sum(),
+            )
+            rows.append(
+                {
+                    **{"environment": env, "who": who, "samples/s": f"{speeds[who].median():.0f}"},
+                    "times one rank's": f"{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+                    "rollout": f"{shares['rollout']:.0%}",
+                    "communication, and waiting": f"{shares['communication']:.0%}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def costs(measurements: pd.DataFrame) -> dict[str, UpdateCost]:
+    """What an update of each environment costs one rank, as medians."""
+    found = {}
+    for env, group in measurements[measurements["who"] == "one rank"].groupby("env", sort=False):
+        rollout, seconds = group["rollout"].median(), group["seconds"].median()
+        steps, n_bytes = int(group["gradient_steps"].median()), int(group["n_bytes"].iloc[0])
+        found[str(env)] = UpdateCost(float(rollout), float(seconds - rollout), steps, n_bytes)
+    return found
+
+
+def predict(found: dict[str, UpdateCost], networks: dict[str, Network]) -> pd.DataFrame:
+    """
+    Efficiency by number of ranks, and where it falls to a half.
+
+    :param found: what an update costs one rank, by environment
+    :param networks: by name
+    """
+    rows = []
+    for env, cost in found.items():
+        for name, network in networks.items():
+            row = {"environment": env, "network": name}
+            row |= {f"{n_ranks} ranks": f"{efficiency(n_ranks, cost, network):.0%}" for n_ranks in RANKS}
+            rows.append({**row, "half is lost from": f"{most_ranks(0.5, cost, network) + 1} ranks"})
+    return pd.DataFrame(rows)
+
+
+def check_model(measurements: pd.DataFrame, found: dict[str, UpdateCost], network: Network) -> pd.DataFrame:
+    """What the model says of two ranks, beside what was measured."""
+    rows = []
+    two = measurements[measurements["who"] == "two ranks"]
+    for env, cost in found.items():
+        expected = cost.n_reductions * all_reduce_seconds(2, cost.n_bytes, network)
+        seen = two[two["env"] == env]["communication"].median()
+        rows.append((env, f"{1e3 * expected:.1f} ms", f"{1e3 * seen:.1f} ms"))
+    return pd.DataFrame(rows, columns=["environment", "all-reduces of an update, predicted", "measured, with waiting"])
+
+
+def draw_prediction(found: dict[str, UpdateCost], networks: dict[str, Network], path: Path) -> None:
+    """Efficiency over the number of ranks."""
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.4), sharey=True, layout="constrained", squeeze=False)
+    n_ranks = np.unique(np.logspace(0, 10, 200, base=2).astype(int))
+    for axis, (env, cost) in zip(axes[0], found.items(), strict=True):
+        for name, network in networks.items():
+            axis.plot(n_ranks, [efficiency(int(number), cost, network) for number in n_ranks], label=name)
+        axis.set(title=env, xscale="log", xlabel="ranks", ylim=(0, 1.02))
+        axis.set_xticks([1, 8, 64, 1024], ["1", "8", "64", "1,024"])
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("efficiency")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def measure_learning(n_seeds: int) -> pd.DataFrame:
+    """Mean returns by time step, of two ranks and of one process with twice the environments and twice the minibatch."""
+    rows = []
+    for env, n_updates in LEARNING.items():
+        ranks = {**copy.deepcopy(TASKS[env]), "env": env, "n_updates": n_updates}
+        alone = copy.deepcopy(ranks)
+        alone["n_envs"] *= 2
+        alone["arguments"]["batch_size"] *= 2
+        for seed in range(n_seeds):
+            for who, n_ranks, settings in (("two ranks", 2, ranks), ("one process", 1, alone)):
+                (result,) = run(n_ranks, settings, seed)
+                rows += [{"env": env, "who": who, "seed": seed, **row} for row in result["updates"]]
+            print(f"{env}, seed {seed}: done", flush=True)
+    return pd.DataFrame(rows)
+
+
+def summarize_learning(measurements: pd.DataFrame) -> pd.DataFrame:
+    """Mean returns of the last 100 episodes, over seeds."""
+    last = measurements.sort_values("timesteps").groupby(["env", "who", "seed"], sort=False).tail(1)
+    rows = []
+    for (env, who), group in last.groupby(["env", "who"], sort=False):
+        returns = group["return"]
+        rows.append((env, who, len(returns), f"{returns.mean():.0f}", f"{returns.std():.0f}", f"{returns.min():.0f}"))
+    return pd.DataFrame(rows, columns=["environment", "who", "seeds", "mean return", "standard deviation", "lowest"])
+
+
+def draw_learning(measurements: pd.DataFrame, path: Path) -> None:
+    """All seeds' curves, and their means."""
+    envs = measurements["env"].unique()
+    figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.4), layout="constrained", squeeze=False)
+    for axis, env in zip(axes[0], envs, strict=True):
+        for color, (who, group) in zip(("C0", "C1"), measurements[measurements["env"] == env].groupby("who"), strict=True):
+            by_seed = group.pivot(index="timesteps", columns="seed", values="return")
+            axis.plot(by_seed.index, by_seed, color=color, alpha=0.3, lw=0.8)
+            axis.plot(by_seed.index, by_seed.mean(axis=1), color=color, label=who)
+        axis.set(title=env, xlabel="time steps of all ranks")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("mean return of 100 episodes")
+    axes[0][-1].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table_of(frame: pd.DataFrame) -> str:
+    """In Markdown."""
+    return markdown([tuple(frame.columns), *frame.astype(str).itertuples(index=False, name=None)])
+
+
+def report_speed(n_rounds: int, output: Path) -> list[str]:
+    """Measure, write what was measured, and tell it."""
+    measurements, (reductions,) = measure_speed(n_rounds), run(2, None)
+    measurements.to_csv(output / "updates.csv", index=False)
+    pd.DataFrame(reductions, columns=["n_bytes", "seconds"]).to_csv(output / "all_reduce.csv", index=False)
+    sizes, seconds = zip(*reductions, strict=True)
+    loopback, found = fit_network(2, sizes, seconds), costs(measurements)
+    networks = {"measured loopback": loopback, **NETWORKS}
+    draw_prediction(found, networks, output / "efficiency.png")
+    told = ", ".join(f"{name}: {1e6 * net.latency:.0f} us, {net.bandwidth / 1e9:.2g} GB/s" for name, net in networks.items())
+    tables = [summarize_speed(measurements), check_model(measurements, found, loopback), predict(found, networks)]
+    summary, check, prediction = (
+        markdown([tuple(table.columns), *table.itertuples(index=False, name=None)]) for table in tables
+    )
+    return [
+        *("# Several ranks", summary),
+        "Samples a second of all ranks together, medians of the rounds; shares are those of an update's time on rank 0. Two "
+        "apart are two processes that don't know of each other: what this machine allows.",
+        *("## The model", check),
+        f"A message's latency and bandwidth: {told}. The first is fitted to all_reduce.csv, the others are assumptions.",
+        *("## Predicted efficiency", prediction, "![efficiency](efficiency.png)"),
+    ]
+
+
+def report_learning(n_seeds: int, output: Path) -> list[str]:
+    """Measure, write what was measured, and tell it."""
+    measurements = measure_learning(n_seeds)
+    measurements.drop(columns=["seconds", "rollout", "communication"]).to_csv(output / "returns.csv", index=False)
+    draw_learning(measurements, output / "returns.png")
+    summary = summarize_learning(measurements)
+    return ["# What several ranks learn", table_of(summary), "![returns](returns.png)"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Measure, and write measurements and report into a folder.
+
+    :param arguments: of the command line
+    """
+    parser = argparse.ArgumentParser(description="Compare two ranks with one.")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each, or seeds with --learning (default: %(default)s)")
+    parser.add_argument("--learning", action="store_true", help="compare returns instead of speed")
+    parser.add_argument("--output", type=Path, default=Path("runs/scaling"), help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {options.rounds}")
+    matplotlib.use("Agg")
+    options.output.mkdir(parents=True, exist_ok=True)
+    parts = (report_learning if options.learning else report_speed)(options.rounds, options.output)
+    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
+    text = "\n\n".join([*parts, origin]) + "\n"
+    (options.output / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

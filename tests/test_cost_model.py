@@ -1,0 +1,34 @@
+"""The model of what an update costs with many ranks, by hand."""
+
+import pytest
+
+from benchmarks.cost_model import Network, UpdateCost, all_reduce_seconds, efficiency, fit_network, most_ranks, update_seconds
+
+NETWORK = Network(latency=1e-3, bandwidth=1e6)
+
+
+@pytest.mark.parametrize(("n_ranks", "seconds"), [(1, 0.0), (2, 2 * (1e-3 + 4e-3 / 2)), (4, 6 * (1e-3 + 4e-3 / 4))])
+def test_all_reduce_in_a_ring(n_ranks: int, seconds: float) -> None:
+    """2 (k - 1) messages of 4,000 / k bytes each; 4,000 bytes take 4 ms."""
+    assert all_reduce_seconds(n_ranks, 4000, NETWORK) == pytest.approx(seconds)
+
+
+def test_an_update() -> None:
+    """0.5 s + 0.1 s + 10 all-reduces of 6 ms, as above for two ranks."""
+    cost = UpdateCost(rollout=0.5, compute=0.1, n_reductions=10, n_bytes=4000)
+    assert update_seconds(1, cost, NETWORK) == pytest.approx(0.6)
+    assert update_seconds(2, cost, NETWORK) == pytest.approx(0.66)
+    assert efficiency(2, cost, NETWORK) == pytest.approx(0.6 / 0.66)
+
+
+def test_most_ranks_is_where_efficiency_is_still_enough() -> None:
+    cost = UpdateCost(rollout=0.5, compute=0.1, n_reductions=10, n_bytes=4000)
+    most = most_ranks(0.5, cost, NETWORK)
+    assert efficiency(most, cost, NETWORK) >= 0.5 > efficiency(most + 1, cost, NETWORK)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 5])
+def test_a_network_is_found_from_what_it_does(n_ranks: int) -> None:
+    sizes = [100, 10_000, 1_000_000]
+    network = fit_network(n_ranks, sizes, [all_reduce_seconds(n_ranks, size, NETWORK) for size in sizes])
+    assert network == pytest.approx(NETWORK)

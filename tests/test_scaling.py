@@ -1,0 +1,72 @@
+"""The benchmark of several ranks: what it computes from its measurements, and that it measures what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from benchmarks import scaling
+from benchmarks.cost_model import UpdateCost
+from benchmarks.scaling import costs, main, summarize_learning, summarize_speed
+
+SMALL: dict[str, Any] = {
+    "CartPole-v1": {
+        "n_envs": 2,
+        "normalize": True,
+        "n_updates": 4,
+        "arguments": {"n_steps": 16, "batch_size": 16, "n_epochs": 2},
+    }
+}
+
+
+def test_speed_by_hand() -> None:
+    """1,024 samples of a rank in 2 s and in 4 s; of two in 2 s and 5 s: 2 and 1.6 times as many; apart: 2 and 2 times."""
+    rows = [
+        ("one rank", 0, 2.0, 1.0, 0.0),
+        ("one rank", 1, 4.0, 2.0, 0.0),
+        ("two ranks", 0, 2.0, 1.0, 0.5),
+        ("two ranks", 1, 5.0, 2.5, 0.9),
+        ("two apart", 0, 2.0, 1.0, 0.0),
+        ("two apart", 1, 4.0, 2.0, 0.0),
+    ]
+    measurements = pd.DataFrame(rows, columns=["who", "turn", "seconds", "rollout", "communication"])
+    measurements = measurements.assign(env="CartPole-v1", gradient_steps=40.0, n_bytes=400)
+    summary = summarize_speed(measurements).to_dict("list")
+    assert summary["samples/s"] == ["384", "717", "768"]  # (512 + 256) / 2, (1,024 + 409.6) / 2, (1,024 + 512) / 2
+    assert summary["times one rank's"] == ["1.00 (1.00 to 1.00)", "1.80 (1.60 to 2.00)", "2.00 (2.00 to 2.00)"]
+    assert summary["communication, and waiting"] == ["0%", "20%", "0%"]
+    assert costs(measurements) == {"CartPole-v1": UpdateCost(rollout=1.5, compute=1.5, n_reductions=40, n_bytes=400)}
+
+
+def test_learning_by_hand() -> None:
+    rows = [("two ranks", 0, 10, 1.0), ("two ranks", 0, 20, 5.0), ("two ranks", 1, 10, 3.0), ("two ranks", 1, 20, 7.0)]
+    measurements = pd.DataFrame(rows, columns=["who", "seed", "timesteps", "return"]).assign(env="a")
+    (row,) = summarize_learning(measurements).itertuples(index=False, name=None)
+    assert row == ("a", "two ranks", 2, "6", "1", "5")  # 5 and 7 in the end
+
+
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "TASKS", SMALL)
+    main(["--rounds", "1", "--output", str(tmp_path)])
+    updates = pd.read_csv(tmp_path / "updates.csv")
+    assert updates.groupby("who").size().to_dict() == {"one rank": 2, "two apart": 4, "two ranks": 2}
+    assert (updates["communication"] > 0).tolist() == (updates["who"] == "two ranks").tolist()
+    assert set(updates["gradient_steps"]) == {2 * 2}
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"- {key}: " in report for key in ("command", "commit", "versions", "machine"))
+    assert (tmp_path / "efficiency.png").stat().st_size > 0
+
+
+def test_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "TASKS", SMALL)
+    monkeypatch.setattr(scaling, "LEARNING", {"CartPole-v1": 3})
+    main(["--learning", "--rounds", "1", "--output", str(tmp_path)])
+    returns = pd.read_csv(tmp_path / "returns.csv")
+    assert returns.groupby("who")["timesteps"].max().to_dict() == {"one process": 3 * 64, "two ranks": 3 * 64}
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--rounds", "0"])
+    assert "--rounds must be at least 1, not 0" in capsys.readouterr().err

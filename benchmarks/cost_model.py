@@ -34,12 +34,14 @@ class UpdateCost(NamedTuple):
     :param compute: seconds of all its minibatches' gradients and steps, without communication
     :param n_reductions: all-reduces of the gradient
     :param n_bytes: of a gradient
+    :param n_others: other exchanges, of a few bytes: statistics of advantages and observations, KL, logs, checks
     """
 
     rollout: float
     compute: float
     n_reductions: int
     n_bytes: int
+    n_others: int = 0
 
 
 def all_reduce_seconds(n_ranks: int, n_bytes: int, network: Network) -> float:
@@ -76,8 +78,19 @@ def update_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:
     :param cost: what each of them does
     :param network: what a message costs
     """
-    communication = cost.n_reductions * all_reduce_seconds(n_ranks, cost.n_bytes, network) if n_ranks > 1 else 0.0
-    return cost.rollout + cost.compute + communication
+    return cost.rollout + cost.compute + communication_seconds(n_ranks, cost, network)
+
+
+def communication_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:
+    """
+    What of it is communication.
+
+    :param n_ranks: k
+    :param cost: what each of them does
+    :param network: what a message costs
+    """
+    gradients = cost.n_reductions * all_reduce_seconds(n_ranks, cost.n_bytes, network)
+    return gradients + cost.n_others * all_reduce_seconds(n_ranks, 0, network)
 
 
 def efficiency(n_ranks: int, cost: UpdateCost, network: Network) -> float:

@@ -28,10 +28,10 @@ class Watch(UpdateCallback):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict[str, float]] = []
-        self.communication = 0.0
+        self.communication, self.n_exchanges = 0.0, 0
 
     def _on_rollout_start(self) -> None:
-        self._start, self.communication = time.perf_counter(), 0.0
+        self._start, self.communication, self.n_exchanges = time.perf_counter(), 0.0, 0
 
     def _on_rollout_end(self) -> None:
         self._rollout = time.perf_counter() - self._start
@@ -40,6 +40,7 @@ class Watch(UpdateCallback):
         episodes: Any = self.model.ep_info_buffer or []
         row = {"seconds": time.perf_counter() - self._start, "rollout": self._rollout, "communication": self.communication}
         row |= {"timesteps": float(self.model.num_timesteps), "gradient_steps": float(self._steps)}
+        row["others"] = float(self.n_exchanges - self._steps)
         self.rows.append({**row, "return": float(np.mean([episode["r"] for episode in episodes])) if episodes else np.nan})
 
     def _on_update_end(self, stats: UpdateStats) -> None:
@@ -57,6 +58,7 @@ def timed_communication(watch: Watch) -> Iterator[None]:
         with together(ranks):
             yield
         watch.communication += time.perf_counter() - start
+        watch.n_exchanges += 1
 
     Ranks._together = watched  # type: ignore[method-assign, assignment]
     try:

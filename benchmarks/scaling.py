@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from benchmarks.cost_model import Network, UpdateCost, all_reduce_seconds, efficiency, fit_network, most_ranks
+from benchmarks.cost_model import Network, UpdateCost, communication_seconds, efficiency, fit_network, most_ranks
 from benchmarks.provenance import provenance
 from benchmarks.tables import markdown
 
@@ -130,10 +130,11 @@ def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
 def costs(measurements: pd.DataFrame) -> dict[str, UpdateCost]:
     """What an update of each environment costs one rank, as medians."""
     found = {}
+    others = measurements[measurements["who"] == "two ranks"].groupby("env")["others"].median()
     for env, group in measurements[measurements["who"] == "one rank"].groupby("env", sort=False):
         rollout, seconds = group["rollout"].median(), group["seconds"].median()
         steps, n_bytes = int(group["gradient_steps"].median()), int(group["n_bytes"].iloc[0])
-        found[str(env)] = UpdateCost(float(rollout), float(seconds - rollout), steps, n_bytes)
+        found[str(env)] = UpdateCost(float(rollout), float(seconds - rollout), steps, n_bytes, int(others[env]))
     return found
 
 
@@ -158,10 +159,10 @@ def check_model(measurements: pd.DataFrame, found: dict[str, UpdateCost], networ
     rows = []
     two = measurements[measurements["who"] == "two ranks"]
     for env, cost in found.items():
-        expected = cost.n_reductions * all_reduce_seconds(2, cost.n_bytes, network)
+        expected = communication_seconds(2, cost, network)
         seen = two[two["env"] == env]["communication"].median()
         rows.append((env, f"{1e3 * expected:.1f} ms", f"{1e3 * seen:.1f} ms"))
-    return pd.DataFrame(rows, columns=["environment", "all-reduces of an update, predicted", "measured, with waiting"])
+    return pd.DataFrame(rows, columns=["environment", "communication of an update, predicted", "measured, with waiting"])
 
 
 def draw_prediction(found: dict[str, UpdateCost], networks: dict[str, Network], path: Path) -> None:

@@ -84,9 +84,13 @@ def _sb3_values(model: "PPOBase", stats: UpdateStats) -> dict[str, Any]:
 
 
 def _explained_variance(ranks: Ranks, values: np.ndarray, returns: np.ndarray) -> Any:
-    if ranks.several:
-        values, returns = (np.concatenate(parts) for parts in zip(*ranks.gather((values, returns)), strict=True))
-    return explained_variance(values, returns)
+    """SB3's 1 - Var(returns - values) / Var(returns), over all ranks by their moments."""
+    if not ranks.several:
+        return explained_variance(values, returns)
+    parts = {"returns": returns.astype(np.float64), "errors": returns.astype(np.float64) - values}
+    means = ranks.means({name: part.mean() for name, part in parts.items()})
+    variances = ranks.means({name: np.square(part - means[name]).mean() for name, part in parts.items()})
+    return 1 - variances["errors"] / variances["returns"] if variances["returns"] > 0 else np.nan
 
 
 def _log_kl_per_epoch(model: "PPOBase", stats: UpdateStats) -> None:

@@ -21,6 +21,12 @@ def test_an_update() -> None:
     assert efficiency(2, cost, NETWORK) == pytest.approx(0.6 / 0.66)
 
 
+def test_small_exchanges_cost_their_messages() -> None:
+    """Of four ranks, 6 messages of 1 ms, 5 times."""
+    cost = UpdateCost(rollout=0.0, compute=0.0, n_reductions=0, n_bytes=4000, n_others=5)
+    assert update_seconds(4, cost, NETWORK) == pytest.approx(5 * 6e-3)
+
+
 def test_most_ranks_is_where_efficiency_is_still_enough() -> None:
     cost = UpdateCost(rollout=0.5, compute=0.1, n_reductions=10, n_bytes=4000)
     most = most_ranks(0.5, cost, NETWORK)

@@ -31,12 +31,14 @@ def test_speed_by_hand() -> None:
         ("two apart", 1, 4.0, 2.0, 0.0),
     ]
     measurements = pd.DataFrame(rows, columns=["who", "turn", "seconds", "rollout", "communication"])
-    measurements = measurements.assign(env="CartPole-v1", gradient_steps=40.0, n_bytes=400)
+    measurements = measurements.assign(env="CartPole-v1", gradient_steps=40.0, n_bytes=400, others=9.0)
     summary = summarize_speed(measurements).to_dict("list")
     assert summary["samples/s"] == ["384", "717", "768"]  # (512 + 256) / 2, (1,024 + 409.6) / 2, (1,024 + 512) / 2
     assert summary["times one rank's"] == ["1.00 (1.00 to 1.00)", "1.80 (1.60 to 2.00)", "2.00 (2.00 to 2.00)"]
     assert summary["communication, and waiting"] == ["0%", "20%", "0%"]
-    assert costs(measurements) == {"CartPole-v1": UpdateCost(rollout=1.5, compute=1.5, n_reductions=40, n_bytes=400)}
+    assert costs(measurements) == {
+        "CartPole-v1": UpdateCost(rollout=1.5, compute=1.5, n_reductions=40, n_bytes=400, n_others=9)
+    }
 
 
 def test_learning_by_hand() -> None:

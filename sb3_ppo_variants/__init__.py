@@ -9,7 +9,7 @@ from sb3_ppo_variants.callbacks import (
     TrustRegionLoggingCallback,
     UpdateCallback,
 )
-from sb3_ppo_variants.distributed import LostRankError
+from sb3_ppo_variants.distributed import LostRankError, is_first_rank
 from sb3_ppo_variants.env_state import ResumableWrapper
 from sb3_ppo_variants.kl_coef import KLCoefController
 from sb3_ppo_variants.nonfinite import NonFiniteError
@@ -44,4 +44,5 @@ __all__ = [
     "UpdateStats",
     "ZeroHeadsPolicy",
     "__version__",
+    "is_first_rank",
 ]

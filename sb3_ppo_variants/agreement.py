@@ -9,9 +9,10 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
+from sb3_ppo_variants.callbacks import OF_FIRST, hooked_within
 from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.vec_env import resets_in_next_step
 from sb3_ppo_variants.version import __version__
@@ -24,7 +25,7 @@ HYPERPARAMETERS = (
     *("normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl", "use_sde", "sde_sample_freq"),
     *("rollout_buffer_class", "rollout_buffer_kwargs", "kl_coef", "kl_coef_state", "kl_target", "n_value_epochs"),
     *("value_learning_rate", "critic_first", "n_episodes", "surrogate", "dual_clip", "kl_rollback", "on_nonfinite"),
-    *("max_kl", "engine", "seed", "num_timesteps"),
+    *("max_kl", "engine", "seed", "policy_kwargs"),
 )
 
 
@@ -69,7 +70,7 @@ def check_supported(model: "PPOBase") -> None:
 
 def check_equal(ranks: Ranks, policy: th.nn.Module) -> None:
     """
-    Check that the parameters are the same to the bit; for all ranks to call.
+    Check that parameters are the same to the bit, and make buffers so, such as BatchNorm's statistics; for all to call.
 
     :param ranks: the ranks
     :param policy: the policy
@@ -77,6 +78,9 @@ def check_equal(ranks: Ranks, policy: th.nn.Module) -> None:
     """
     if not ranks.several:
         return
+    for buffer in policy.buffers():
+        if buffer.is_floating_point():
+            ranks.average(buffer)
     difference = first_difference([{"the policy's parameters": name} for name in ranks.gather(_checksum(policy))])
     if difference is not None:
         raise RanksDifferError(f"{difference} (checksums): does a callback change them on one of the ranks only?")
@@ -84,8 +88,8 @@ def check_equal(ranks: Ranks, policy: th.nn.Module) -> None:
 
 def _checksum(policy: th.nn.Module) -> str:
     checksum = 0
-    for parameter in policy.parameters():
-        checksum = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), checksum)
+    for value in policy.state_dict().values():
+        checksum = zlib.crc32(value.cpu().numpy().tobytes(), checksum)
     return f"{checksum:08x}"
 
 
@@ -123,7 +127,7 @@ def describe(model: "PPOBase", arguments: Mapping[str, Any], callback: Any) -> d
         "Python": platform.python_version(),
     }
     assert model.env is not None
-    shapes = {name: list(parameter.shape) for name, parameter in model.policy.named_parameters()}
+    shapes = [tuple(parameter.shape) for parameter in model.policy.parameters()]
     return {
         **{f"the version of {name}": version for name, version in versions.items()},
         "the algorithm": type(model).__name__,
@@ -132,7 +136,9 @@ def describe(model: "PPOBase", arguments: Mapping[str, Any], callback: Any) -> d
         "the number of environments in `env`": str(model.n_envs),
         "`env`": _environment(model.env),
         **{f"`{name}`": _in_words(vars(model)[name]) for name in HYPERPARAMETERS if name in vars(model)},
-        "`policy`": f"{model.policy_class.__name__} with {shapes}",
+        "`policy`": f"{model.policy_class.__name__} with parameters of shapes {shapes}",
+        "`device`": model.device.type,
+        "the number of time steps so far": "any" if arguments["reset_num_timesteps"] else str(model.num_timesteps),
         **{f"`{name}` of `learn`": _in_words(arguments[name]) for name in ("total_timesteps", "reset_num_timesteps")},
         "`log_interval` of `learn`": _in_words(arguments["log_interval"]),
         "`callback`": ", ".join(kinds(callback)) or "none",
@@ -140,23 +146,28 @@ def describe(model: "PPOBase", arguments: Mapping[str, Any], callback: Any) -> d
 
 
 def kinds(callback: Any) -> list[str]:
-    """The classes of a callback, or of a list of callbacks, as ``learn`` takes them."""
+    """The classes of what runs on all ranks of a callback, or of a list of callbacks, as ``learn`` takes them."""
     if isinstance(callback, list):
         return [kind for each in callback for kind in kinds(each)]
-    inner = getattr(callback, "callbacks", []) if isinstance(callback, BaseCallback) else []
-    return [] if callback is None else [type(callback).__qualname__, *kinds(inner)]
+    if isinstance(callback, CallbackList):
+        return kinds(callback.callbacks)
+    if isinstance(callback, OF_FIRST):
+        return kinds(hooked_within(callback))
+    return [] if callback is None else [type(callback).__qualname__]
 
 
 def _environment(env: VecEnv) -> str:
     wrappers = []
     while isinstance(env, VecEnvWrapper):
-        wrappers.append(type(env).__name__)
+        flags = {name: value for name, value in vars(env).items() if isinstance(value, (bool, int, float, str))}
+        wrappers.append(f"{type(env).__name__} with {flags}")
         env = env.venv
     try:
         spec = env.get_attr("spec", 0)[0]
+        inner = "an unknown environment" if spec is None else f"{spec.id} with {spec.kwargs}"
     except (AttributeError, NotImplementedError):
-        spec = None
-    return " of ".join([*wrappers, type(env).__name__, "an unknown environment" if spec is None else spec.id])
+        inner = "an unknown environment"
+    return " of ".join([*wrappers, type(env).__name__, inner])
 
 
 def _in_words(value: Any) -> str:
@@ -165,6 +176,8 @@ def _in_words(value: Any) -> str:
         return "a schedule with " + ", ".join(f"{value(progress)} at {progress}" for progress in (1.0, 0.5, 0.0))
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_in_words, value))})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_in_words(each)}' for key, each in value.items())}}}"
     return value.__qualname__ if isinstance(value, type) else repr(value)
 
 

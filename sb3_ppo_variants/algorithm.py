@@ -41,8 +41,9 @@ from sb3_ppo_variants.blame import add_note, stepped_environment
 from sb3_ppo_variants.callbacks import UpdateHooks, on_rank
 from sb3_ppo_variants.collection import renew_advantages
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
-from sb3_ppo_variants.distributed import ALONE, Ranks, draw_apart, written_by_all
+from sb3_ppo_variants.distributed import ALONE, Ranks, draw_apart, to_bytes, written_by_all
 from sb3_ppo_variants.engines import ENGINES, Engine, EngineChoice
+from sb3_ppo_variants.episode_statistics import Episodes
 from sb3_ppo_variants.kl import k3
 from sb3_ppo_variants.kl_coef import KLCoef, KLCoefController, KLCoefState, parse_kl_coef
 from sb3_ppo_variants.logs import log_update, tensorboard_writers
@@ -138,7 +139,8 @@ class PPOBase(OnPolicyAlgorithm):
         self._ranks = Ranks.present()
         self._ranks.choose_device()
         self._statistics: SharedStatistics | None = None
-        self._new_episodes: tuple[list[Any], list[Any]] = ([], [])
+        self._episodes = Episodes()
+        self._rank_of_seeds = self._ranks.rank
         kwargs["_init_setup_model"] = False
         super().__init__(*args, **kwargs)
         self._read_arguments()
@@ -280,6 +282,7 @@ class PPOBase(OnPolicyAlgorithm):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """SB3's; environments have seeds as if those of all ranks stood in one vector environment."""
+        self._rank_of_seeds = self._ranks.rank
         super().set_random_seed(None if seed is None else seed + self._ranks.rank * self.n_envs)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
@@ -309,10 +312,13 @@ class PPOBase(OnPolicyAlgorithm):
         if self.seed is None and self._last_obs is None:
             assert self.env is not None
             draw_apart(ranks, self.env)
+        elif self.seed is not None and self._rank_of_seeds != ranks.rank:  # the group was made behind the model
+            self.set_random_seed(self.seed)
         self._statistics = SharedStatistics(self)
-        parameters = ranks.broadcast(self.get_parameters())
+        self._statistics.take_firsts(ranks)
+        parameters = ranks.broadcast(to_bytes(self.get_parameters()) if ranks.is_first else None)
         if not ranks.is_first:
-            self.set_parameters(parameters, device=self.device)
+            self.set_parameters(th.load(io.BytesIO(parameters), map_location=self.device), device=self.device)
             for logger in filter(None, [getattr(self, "_logger", None)]):
                 logger.output_formats = []
 
@@ -331,11 +337,8 @@ class PPOBase(OnPolicyAlgorithm):
         if isinstance(infos, Infos) and dones is not None:
             infos, dones = [infos[index] for index in infos.ended], np.asarray(dones)[infos.ended]
         super()._update_info_buffer(infos, dones)
-        if self._ranks.several and dones is not None:
-            episodes, successes = self._new_episodes
-            episodes.extend(info["episode"] for info in infos if info.get("episode") is not None)
-            ended = [info for info, done in zip(infos, dones, strict=True) if done]
-            successes.extend(info["is_success"] for info in ended if info.get("is_success") is not None)
+        if self._ranks.several:
+            self._episodes.add(self.rollout_buffer.pos, infos, dones)
 
     def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
         """
@@ -362,17 +365,11 @@ class PPOBase(OnPolicyAlgorithm):
             return goes_on
         assert self._statistics is not None
         self._statistics.merge(self._ranks)
-        self._share_episodes()
-        return not self._ranks.any(not goes_on)
-
-    def _share_episodes(self) -> None:
         assert self.ep_info_buffer is not None
         assert self.ep_success_buffer is not None
-        for rank, (episodes, successes) in enumerate(self._ranks.gather(self._new_episodes)):
-            if rank != self._ranks.rank:
-                self.ep_info_buffer.extend(episodes)
-                self.ep_success_buffer.extend(successes)
-        self._new_episodes = ([], [])
+        self._episodes.share(self._ranks, self.ep_info_buffer, self.ep_success_buffer)
+        self.num_timesteps = max(self._ranks.gather(self.num_timesteps))  # fewer where training has ended on the way
+        return not self._ranks.any(not goes_on)
 
     @contextmanager
     def _naming_culprits(self) -> Iterator[None]:
@@ -626,14 +623,16 @@ class PPOBase(OnPolicyAlgorithm):
             return compute()
         if not self._exact_kl_known:
             return None
+        result = None
         try:
-            return compute()
+            result = compute()
         except Exception as error:
             if is_torchs_refusal(error):
                 raise
             self._exact_kl_known = False
             warnings.warn(f"the exact KL is not logged: {error}", stacklevel=3)
-            return None
+        self._exact_kl_known = not self._ranks.any(not self._exact_kl_known)
+        return result if self._exact_kl_known else None
 
     def _adapt_kl_coef(self, stats: UpdateStats) -> None:
         if isinstance(self._kl_coef, KLCoefController) and not stats.restored:
@@ -660,6 +659,7 @@ class PPOBase(OnPolicyAlgorithm):
         self._engine_choice.check(self)
         self._exact_kl_known = True  # what has failed before may have been mended since
         names = ("_update_hooks", "_callback", "_learn_arguments", "_iteration", "_is_learning")
+        verbose = self.verbose  # which all ranks but the first do without
         outer = {name: vars(self)[name] for name in names}  # the `learn` whose callback may have called this one
         ended, self._is_learning = False, True
         try:
@@ -668,7 +668,7 @@ class PPOBase(OnPolicyAlgorithm):
         finally:
             for writer in tensorboard_writers(getattr(self, "_logger", None)):
                 writer.flush()
-            hooks, self._is_learning = self._update_hooks, False
+            hooks, self._is_learning, self.verbose = self._update_hooks, False, verbose
             if outer["_is_learning"]:
                 vars(self).update(outer)
             self._update_hooks = outer["_update_hooks"]
@@ -694,7 +694,8 @@ class PPOBase(OnPolicyAlgorithm):
             "_is_learning",
             "_ranks",
             "_statistics",
-            "_new_episodes",
+            "_episodes",
+            "_rank_of_seeds",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]

@@ -101,8 +101,12 @@ class UpdateCallback(BaseCallback):
         :param stats: the whole update
         """
 
-    def _mean_of_all(self, samples: th.Tensor) -> float:
-        """Over samples and ranks; for all ranks to call."""
+    def mean_over_ranks(self, samples: th.Tensor) -> float:
+        """
+        The mean of all ranks' samples; for all ranks to call, so that they decide alike.
+
+        :param samples: of this rank's minibatch, such as ``stats.kl``
+        """
         return float(self.model._ranks.mean(samples.mean().item()))
 
     def _on_update_settled(self) -> None:
@@ -178,6 +182,10 @@ class UpdateHooks:
             callback._on_leaving(ended)
 
 
+OF_FIRST = (EvalCallback, CheckpointCallback, ProgressBarCallback)
+"""What rank 0 alone does."""
+
+
 def on_rank(ranks: Ranks, callback: MaybeCallback, progress_bar: bool) -> list[BaseCallback] | None:
     """
     What a rank has to do of what its script asks for: rank 0 alone evaluates, writes checkpoints and shows progress.
@@ -189,22 +197,47 @@ def on_rank(ranks: Ranks, callback: MaybeCallback, progress_bar: bool) -> list[B
     """
     callbacks: list[Any] = callback if isinstance(callback, list) else [] if callback is None else [callback]
     callbacks = [each if isinstance(each, BaseCallback) else ConvertCallback(each) for each in callbacks]
-    if not ranks.is_first:
-        callbacks = [each for each in map(_without_firsts, callbacks) if each is not None]
-    elif progress_bar:
-        callbacks = [*callbacks, _ProgressOfAll()]
-    return callbacks or None
+    if progress_bar:
+        callbacks.append(ProgressBarCallback())
+    return [each for each in (_on_rank(ranks, each) for each in callbacks) if each is not None] or None
 
 
-def _without_firsts(callback: Any) -> Any:
-    """A callback without those that are rank 0's business, ``None`` if nothing is left of it."""
-    if isinstance(callback, (EvalCallback, CheckpointCallback, ProgressBarCallback)):
-        return None
+def _on_rank(ranks: Ranks, callback: BaseCallback) -> BaseCallback | None:
+    """What is left of a callback, ``None`` for nothing."""
+    if ranks.is_first and type(callback) is ProgressBarCallback:
+        return _ProgressOfAll()
+    if not ranks.is_first and isinstance(callback, OF_FIRST):
+        hooked = hooked_within(callback)
+        return _HooksOnly(hooked) if hooked else None
     if isinstance(callback, CallbackList):
-        return CallbackList([each for each in map(_without_firsts, callback.callbacks) if each is not None])
+        left = (_on_rank(ranks, each) for each in callback.callbacks)
+        return CallbackList([each for each in left if each is not None])
     if isinstance(callback, EventCallback) and callback.callback is not None:
-        callback.callback = _without_firsts(callback.callback)
+        callback.callback = _on_rank(ranks, callback.callback)
     return callback
+
+
+def hooked_within(callback: BaseCallback) -> list[UpdateCallback]:
+    """The callbacks with hooks, whose hooks run on all ranks, in a callback and what it calls, itself included."""
+    inner = [each for value in vars(callback).values() for each in (value if isinstance(value, list) else [value])]
+    within = [each for each in inner if isinstance(each, BaseCallback) and each is not callback.parent]
+    own = [callback] if isinstance(callback, UpdateCallback) else []
+    return [*own, *(hooked for each in within for hooked in hooked_within(each))]
+
+
+class _HooksOnly(BaseCallback):
+    """Callbacks that are called inside updates, but not by what calls them on rank 0."""
+
+    def __init__(self, callbacks: list[UpdateCallback]) -> None:
+        super().__init__()
+        self._hooked = callbacks
+
+    def _init_callback(self) -> None:
+        for callback in self._hooked:
+            callback.init_callback(self.model)
+
+    def _on_step(self) -> bool:
+        return True
 
 
 class _ProgressOfAll(ProgressBarCallback):
@@ -285,10 +318,10 @@ class KLEarlyStoppingCallback(UpdateCallback):
 
     def _estimate(self, kl: th.Tensor | None, log_ratio: th.Tensor) -> float:
         if self.estimator != "exact":
-            return self._mean_of_all(ESTIMATORS[self.estimator](log_ratio))
+            return self.mean_over_ranks(ESTIMATORS[self.estimator](log_ratio))
         if kl is None:
             raise ValueError(UNKNOWN_KL.format("`estimator` 'exact'") + ". It must be 'k1', 'k2' or 'k3'")
-        return self._mean_of_all(kl)
+        return self.mean_over_ranks(kl)
 
     def _take_snapshot(self) -> None:
         if self.restore:
@@ -355,7 +388,7 @@ class KLAdaptiveLearningRateCallback(UpdateCallback):
     def _on_minibatch(self, stats: UpdateStats) -> bool:
         if stats.kl is None:
             raise ValueError(UNKNOWN_KL.format("KLAdaptiveLearningRateCallback"))
-        kl = self._mean_of_all(stats.kl)
+        kl = self.mean_over_ranks(stats.kl)
         for group in self.model.policy.optimizer.param_groups:
             group["lr"] = self._next(group["lr"], kl)
         return True

@@ -1,5 +1,7 @@
 """The ranks: processes, started by torchrun, that train one model together; what they tell each other, and who is missing."""
 
+import functools
+import io
 import os
 import threading
 import time
@@ -14,12 +16,13 @@ import torch as th
 import torch.distributed as dist
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 T = TypeVar("T", bound=SupportsFloat)
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others, in a group that isn't the user's own."""
+TIMEOUT = "SB3_PPO_VARIANTS_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others, in a group that isn't the user's own; 600 by default."""
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets, and what starts processes in its place."""
 GRACE = 5.0
 """Seconds in which ranks that live on say so when another one is missing."""
 
@@ -47,10 +50,10 @@ class Ranks:
 
     @classmethod
     def present(cls) -> "Ranks":
-        """Those of the process group, or else those that torchrun has started."""
+        """Those of the process group, or else those that torchrun, or what stands in for it, has started."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_torchelastic_launched():
+        if dist.is_available() and all(name in os.environ for name in LAUNCHED):
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         return cls()
 
@@ -66,17 +69,17 @@ class Ranks:
 
     def choose_device(self) -> None:
         """Each rank of a machine has a GPU of its own, if there are any."""
-        if self.several and th.cuda.is_available():
-            th.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)) % th.cuda.device_count())
+        number = int(os.environ.get("LOCAL_RANK", self.rank))
+        if self.several and th.cuda.is_available() and number < th.cuda.device_count():
+            th.cuda.set_device(number)
 
     def connect(self) -> None:
         """Make a process group, if there is none yet; for all ranks to call."""
-        if not self.several or self._cpu_group is not None:
+        if not self.several:
             return
         if not dist.is_initialized():
-            dist.init_process_group(timeout=TIMEOUT)
-        on_cpu = "cpu:" in str(dist.get_backend_config())
-        self._cpu_group = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+            dist.init_process_group(timeout=_timeout())
+        self._cpu_group = _group_on_cpu()
 
     def average(self, tensor: th.Tensor) -> None:
         """Replace a tensor by its mean over the ranks, in place; for all to call, with the same shape."""
@@ -110,6 +113,15 @@ class Ranks:
                 dist.all_gather_object(values, value, group=self._cpu_group)
         return values
 
+    def gather_at_first(self, value: Any) -> list[Any] | None:
+        """On rank 0 the values of all, in order; ``None`` elsewhere; for all to call."""
+        if not self.several:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        with self._together():
+            dist.gather_object(value, values, dst=0, group=self._cpu_group)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0; for all to call."""
         if not self.several:
@@ -133,7 +145,8 @@ class Ranks:
         """Tell the others that this one has come to the next rollout or update."""
         if self.several:
             self._place += 1
-            _store().set(f"place/{self.rank}", str(self._place))
+            with self._together():
+                _store().set(f"place/{self.rank}", str(self._place))
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -155,7 +168,7 @@ class Ranks:
         if not missing:
             return LostRankError(f"the connection between ranks has failed, though all of them run: {reason}")
         names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
-        return LostRankError(f"{names} died, or come to a halt, as rank {self.rank} sees it: {reason}")
+        return LostRankError(f"{names} died, or not come so far in time, as rank {self.rank} sees it: {reason}")
 
     def _missing(self) -> list[int]:
         """Those that don't say that they live; if some have been left behind, these, as others may just wait for them."""
@@ -171,6 +184,43 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def is_first_rank() -> bool:
+    """
+    Whether this process is the one that logs, evaluates and writes: rank 0, or a process that trains alone.
+
+    For callbacks and scripts that write files of their own.
+    """
+    return Ranks.present().is_first
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get(TIMEOUT, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"the environment variable {TIMEOUT} must be a number of seconds > 0, not {text!r}")
+    return timedelta(seconds=seconds)
+
+
+@functools.cache
+def _group_of(world: Any) -> Any:
+    return dist.new_group(backend="gloo", timeout=_timeout())
+
+
+def _group_on_cpu() -> Any:
+    """The default group if it can exchange what is in main memory, else one of gloo's beside it."""
+    return dist.group.WORLD if "cpu:" in str(dist.get_backend_config()) else _group_of(dist.group.WORLD)
+
+
+def to_bytes(value: Any) -> bytes:
+    """What ``torch.save`` makes of a value: tensors of any device."""
+    file = io.BytesIO()
+    th.save(value, file)
+    return file.getvalue()
 
 
 def draw_apart(ranks: Ranks, env: VecEnv) -> None:
@@ -209,6 +259,8 @@ def written_by_all(path: str | Path, ranks: Ranks) -> Iterator[Path]:
         own.unlink(missing_ok=True)
 
 
-def _store() -> Store:
+def _store() -> Any:
     """What ranks can read and write while another one is missing."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # which not all builds of torch have
+
     return PrefixStore("sb3_ppo_variants", dist.distributed_c10d._get_default_store())

@@ -99,7 +99,7 @@ def _log_kl_per_epoch(model: "PPOBase", stats: UpdateStats) -> None:
 
     SB3's logger keeps one value a key from one dump to the next, so the points go to TensorBoard directly.
     """
-    rollout_size = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
+    rollout_size = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs * model._ranks.size
     kls = {str(epoch): kl for epoch, kl in enumerate(stats.kl_per_epoch())}
     for epoch, kl in enumerate(model._ranks.means(kls).values()):
         step = model.num_timesteps + rollout_size * (epoch + 1) // model.n_epochs

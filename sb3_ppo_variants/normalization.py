@@ -27,6 +27,13 @@ class SharedStatistics:
         self._model = model
         self._common = {name: _moments(statistics) for name, statistics in self._statistics().items()}
 
+    def take_firsts(self, ranks: Ranks) -> None:
+        """Start from the statistics of rank 0; for all ranks to call."""
+        if ranks.several and self._common:
+            self._common = ranks.broadcast(self._common)
+            for name, each in self._statistics().items():
+                each.mean, each.var, each.count = self._common[name]
+
     def merge(self, ranks: Ranks) -> None:
         """Behind a rollout; for all ranks to call."""
         statistics = self._statistics()

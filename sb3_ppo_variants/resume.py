@@ -294,13 +294,13 @@ class ResumableCheckpointCallback(UpdateCallback):
             raise KeyboardInterrupt
 
     def save(self) -> Path:
-        """Write a checkpoint now, behind an update."""
+        """Write a checkpoint now, behind an update; for all ranks to call."""
         state = state_of(self.model, self._at_start)
         self._tell(state["env"].envs)
         self._tell_what_is_lost()
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps{SUFFIX}"
-        states = self.model._ranks.gather(state)
-        if not self.model._ranks.is_first:
+        states = self.model._ranks.gather_at_first(state)
+        if states is None:
             return path
         model = io.BytesIO()
         self.model.save(model)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,21 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback, EveryNTimesteps
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    ProgressBarCallback,
+)
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_ppo_variants import (
     PPO,
@@ -21,10 +33,12 @@ from sb3_ppo_variants import (
     KLEarlyStoppingCallback,
     UpdateCallback,
     UpdateStats,
+    is_first_rank,
 )
 from sb3_ppo_variants.agreement import first_difference
 from sb3_ppo_variants.callbacks import on_rank
 from sb3_ppo_variants.distributed import Ranks
+from sb3_ppo_variants.episode_statistics import Episodes
 from sb3_ppo_variants.losses import normalize, normalize_over_ranks
 from sb3_ppo_variants.normalization import news
 from tests.ranks import SIZE, TwoRanks, two_ranks
@@ -69,6 +83,20 @@ def test_a_process_alone_is_rank_0_of_1() -> None:
     assert (ranks.mean(2.0), ranks.any(True), ranks.gather("a"), ranks.broadcast("b"), ranks.scatter(["c"])) == (
         *(2.0, True, ["a"], "b", "c"),
     )
+
+
+def test_processes_that_something_else_than_torchrun_has_started_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    ranks = Ranks.present()
+    assert (ranks.rank, ranks.size) == (2, 4)
+    assert not is_first_rank()
+
+
+def test_a_timeout_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SB3_PPO_VARIANTS_TIMEOUT", "never")
+    with pytest.raises(ValueError, match="SB3_PPO_VARIANTS_TIMEOUT must be a number of seconds > 0, not 'never'"):
+        Ranks(0, 2).connect()
 
 
 # Advantages
@@ -195,10 +223,11 @@ def train_at_once(seen: list[Any], env: str, variant: str) -> Any:
     return recorder, model
 
 
-def no_new_advantages() -> None:
-    import sb3_ppo_variants.algorithm
-
-    sb3_ppo_variants.algorithm.renew_advantages = lambda model: None  # the states behind the rollouts aren't recorded
+def train_without_new_advantages(*arguments: Any) -> Any:
+    """As the states behind the rollouts aren't recorded, from which ``critic_first`` computes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sb3_ppo_variants.algorithm.renew_advantages", lambda model: None)
+        return train(*arguments)
 
 
 EARLY = ("early stop", "early stop by epoch", "adaptive rate")
@@ -209,9 +238,7 @@ CASES = [("discrete", variant) for variant in (*VARIANTS, *EARLY)] + [("continuo
 @pytest.mark.parametrize(("env", "variant"), CASES)
 def test_an_update_is_that_of_one_process(env: str, variant: str, engine: str, ranks: TwoRanks) -> None:
     """On the same samples, in the same minibatches; to the tolerance of float32, as sums have other orders."""
-    if variant == "critic apart":
-        ranks.run(no_new_advantages)
-    seen = ranks.run(train, ENVS[env], variant, engine)
+    seen = ranks.run(train_without_new_advantages, ENVS[env], variant, engine)
     for name, value in seen[0]["after"][0].items():
         assert th.equal(value, seen[1]["after"][0][name])
     recorder, model = train_at_once(seen, ENVS[env], variant)
@@ -310,13 +337,31 @@ def episodes_of_training() -> Any:
     model = make(make_vec_env("CartPole-v1", N_ENVS))
     model.learn(2 * SIZE * SAMPLES)
     assert model.ep_info_buffer is not None
-    return [episode["r"] for episode in model.ep_info_buffer]
+    return list(model.ep_info_buffer)
 
 
-def test_returns_of_all_ranks_episodes_are_logged(ranks: TwoRanks) -> None:
+def test_all_ranks_keep_the_episodes_of_all(ranks: TwoRanks) -> None:
     ours, theirs = ranks.run(episodes_of_training)
-    assert sorted(ours) == sorted(theirs)
+    assert ours == theirs
     assert len(ours) > 2
+
+
+def merged_episodes() -> Any:
+    """Of four episodes a buffer keeps three: one from before, and two of three that this rank has ended."""
+    ranks, episodes, kept = Ranks.present(), deque(["old"], maxlen=4), Episodes()
+    ranks.connect()
+    for step in (1, 2, 3)[: 2 + ranks.rank]:
+        infos = [{"episode": f"rank {ranks.rank}, step {step}"}, {}]
+        kept.add(step, infos, np.array([True, False]))
+        episodes.append(infos[0]["episode"])
+    kept.share(ranks, episodes, deque(maxlen=4))
+    return list(episodes)
+
+
+def test_episodes_stand_in_the_order_of_their_ends(ranks: TwoRanks) -> None:
+    """The last four, of five."""
+    expected = ["rank 1, step 1", "rank 0, step 2", "rank 1, step 2", "rank 1, step 3"]
+    assert ranks.run(merged_episodes) == [expected] * SIZE
 
 
 # Who does what
@@ -355,13 +400,78 @@ def test_callbacks_of_other_ranks(tmp_path: Any) -> None:
     nested = EveryNTimesteps(8, callback=CheckpointCallback(1, str(tmp_path)))
     several = CallbackList([counts, checkpoints])
     first = on_rank(Ranks(0, 2), [checkpoints, several, nested], progress_bar=False)
-    assert first == [checkpoints, several, nested]
+    assert first is not None
+    assert [first[0], *first[1].callbacks, first[2]] == [checkpoints, counts, checkpoints, nested]  # type: ignore[attr-defined]
     second = on_rank(Ranks(1, 2), [checkpoints, several, nested], progress_bar=True)
     assert second is not None
     assert [type(each) for each in second] == [CallbackList, EveryNTimesteps]
     assert second[0].callbacks == [counts]  # type: ignore[attr-defined]
     assert nested.callback is None
     assert on_rank(Ranks(1, 2), checkpoints, progress_bar=True) is None
+    assert on_rank(Ranks(1, 2), [ProgressBarCallback()], progress_bar=False) is None
+
+
+def with_hooks_within(folder: str) -> Any:
+    """A callback that stops updates, which an evaluation calls."""
+    early_stop = KLEarlyStoppingCallback(1e-4)
+    evaluation = EvalCallback(make_vec_env("CartPole-v1", 1), callback_on_new_best=early_stop, eval_freq=16, verbose=0)
+    recorder = Recorder()
+    make(make_vec_env("CartPole-v1", N_ENVS)).learn(SIZE * SAMPLES, [evaluation, recorder])
+    return recorder.steps
+
+
+def test_hooks_within_an_evaluation_are_called_on_all_ranks(ranks: TwoRanks, tmp_path: Any) -> None:
+    ((first,), (second,)) = ranks.run(with_hooks_within, str(tmp_path))
+    assert first == second
+    assert first[0] < N_EPOCHS * SAMPLES / BATCH
+
+
+def evaluated_by_first() -> Any:
+    env = VecNormalize(make_vec_env("Pendulum-v1", N_ENVS))
+    model = make(env).learn(SIZE * SAMPLES)
+    if is_first_rank():
+        evaluate_policy(model, env, 1)
+    model.learn(SIZE * SAMPLES, reset_num_timesteps=False)
+    return env.obs_rms.mean.tolist(), env.obs_rms.count
+
+
+def test_statistics_stay_the_same_on_all_ranks(ranks: TwoRanks) -> None:
+    """Also if one of them has stepped through its environments in between."""
+    first, second = ranks.run(evaluated_by_first)
+    assert first == second
+
+
+class Normalizes(BaseFeaturesExtractor):
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__(space, 4)
+        self.norm = th.nn.BatchNorm1d(4)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(observations)
+
+
+def with_buffers() -> Any:
+    model = make(make_vec_env("CartPole-v1", N_ENVS), policy_kwargs={"features_extractor_class": Normalizes})
+    model.learn(SIZE * SAMPLES)
+    return {name: value.tolist() for name, value in model.policy.state_dict().items()}
+
+
+def test_buffers_of_policies_are_the_same_on_all_ranks(ranks: TwoRanks) -> None:
+    first, second = ranks.run(with_buffers)
+    assert first == second
+
+
+def kl_steps(folder: str) -> list[int]:
+    make(make_vec_env("CartPole-v1", N_ENVS), tensorboard_log=folder).learn(SIZE * SAMPLES)
+    if not is_first_rank():
+        return []
+    log = EventAccumulator(f"{folder}/PPO_1").Reload()
+    return [event.step for event in log.Scalars("train/kl_per_epoch")]
+
+
+def test_epochs_kls_are_spread_over_the_steps_of_all_ranks(ranks: TwoRanks, tmp_path: Any) -> None:
+    steps, _ = ranks.run(kl_steps, str(tmp_path))
+    assert steps == [SIZE * SAMPLES + SIZE * SAMPLES * epoch // N_EPOCHS for epoch in (1, 2, 3)]
 
 
 def with_contrib(name: str) -> Any:
@@ -400,12 +510,15 @@ class Stops(BaseCallback):
         return not (self.model._ranks.rank == 1 and self.num_timesteps > SIZE * SAMPLES)
 
 
-def stopped() -> int:
-    return make(make_vec_env("CartPole-v1", N_ENVS)).learn(10**6, Stops()).num_timesteps
+def stopped() -> tuple[int, int]:
+    model = make(make_vec_env("CartPole-v1", N_ENVS)).learn(10**6, Stops())
+    first = model.num_timesteps
+    return first, model.learn(SIZE * SAMPLES, reset_num_timesteps=False).num_timesteps
 
 
 def test_a_callback_that_ends_training_on_one_rank_ends_it_on_all(ranks: TwoRanks) -> None:
-    assert max(ranks.run(stopped)) == 2 * SIZE * SAMPLES
+    """And they can go on."""
+    assert ranks.run(stopped) == [(2 * SIZE * SAMPLES, 3 * SIZE * SAMPLES)] * SIZE
 
 
 class EndsUpdate(UpdateCallback):
@@ -434,9 +547,11 @@ def test_a_callback_that_ends_an_update_on_one_rank_ends_it_on_all(engine: str, 
 
 
 def saved(path: str) -> Any:
-    model = make(make_vec_env("CartPole-v1", N_ENVS)).learn(SIZE * SAMPLES)
+    model = make(make_vec_env("CartPole-v1", N_ENVS), verbose=1).learn(SIZE * SAMPLES)
     model.save(path)
-    return [value.sum().item() for value in PPO.load(path, device="cpu").policy.state_dict().values()]
+    loaded = PPO.load(path, device="cpu")
+    values = [value.sum().item() for value in loaded.policy.state_dict().values()]
+    return values, loaded.num_timesteps, loaded.verbose, list(loaded.ep_info_buffer or [])
 
 
 def test_all_ranks_may_save_to_one_file(ranks: TwoRanks, tmp_path: Any) -> None:
@@ -465,6 +580,8 @@ def differing(what: str) -> None:
         kwargs["learning_rate"] = lambda progress: progress * (1 + rank)
     if what == "policy":
         kwargs["policy_kwargs"] = {"net_arch": [8 + rank]}
+    if what == "activation":
+        kwargs["policy_kwargs"] = {"activation_fn": (th.nn.Tanh, th.nn.ReLU)[rank]}
     callback = KLEarlyStoppingCallback() if what == "callback" and rank == 1 else None
     with pytest.MonkeyPatch.context() as patch:
         if what == "version":
@@ -478,7 +595,8 @@ DIFFERENCES = {
     "n_steps": "`n_steps` must be the same on all ranks, not 32 on rank 0, 64 on rank 1",
     "schedule": "`learning_rate` must be the same on all ranks, not a schedule with 1.0 at 1.0, "
     "0.5 at 0.5, 0.0 at 0.0 on rank 0",
-    "policy": "`policy` must be the same on all ranks, not ActorCriticPolicy with {'mlp_extractor",
+    "policy": "`policy_kwargs` must be the same on all ranks, not {net_arch: (8)} on rank 0, {net_arch: (9)} on rank 1",
+    "activation": "`policy_kwargs` must be the same on all ranks, not {activation_fn: Tanh} on rank 0, {activation_fn: ReLU}",
     "callback": "`callback` must be the same on all ranks, not none on rank 0, KLEarlyStoppingCallback on rank 1",
     "total_timesteps": "`total_timesteps` of `learn` must be the same on all ranks, not 10 on rank 0, 20 on rank 1",
     "version": "the version of sb3_ppo_variants must be the same on all ranks, not 1.0 on rank 0, 1.1 on rank 1",

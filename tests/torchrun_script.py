@@ -5,11 +5,9 @@ import json
 import os
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch as th
-import torch.distributed as dist
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -49,17 +47,16 @@ def main() -> None:
     parser.add_argument("--fault", default="none")
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
+    os.environ["SB3_PPO_VARIANTS_TIMEOUT"] = str(options.timeout)
     th.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
 
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2))
     callbacks = [ResumableCheckpointCallback(options.folder / "checkpoints"), Fault(options.fault, options.folder)]
     try:
         train(options.folder, env, callbacks)
     except LostRankError as error:
-        (options.folder / f"lost_{dist.get_rank()}.txt").write_text(str(error))
+        (options.folder / f"lost_{os.environ['RANK']}.txt").write_text(str(error))
         raise
-    dist.destroy_process_group()
 
 
 def train(folder: Path, env: VecNormalize, callbacks: list[BaseCallback]) -> None:
@@ -67,12 +64,12 @@ def train(folder: Path, env: VecNormalize, callbacks: list[BaseCallback]) -> Non
         model = PPOKL.resume(folder / "checkpoints", env, callbacks, device="cpu")
     except FileNotFoundError:
         model = PPOKL("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, seed=0, device="cpu")
-        model.learn(6 * 16 * 2 * dist.get_world_size(), callbacks)
+        model.learn(6 * 16 * 2 * int(os.environ["WORLD_SIZE"]), callbacks)
 
     parameters = {name: value.tolist() for name, value in model.policy.state_dict().items()}
     result = {"parameters": parameters, "num_timesteps": model.num_timesteps, "beta": model.kl_coef_state.kl_coef}
     result["mean"] = env.obs_rms.mean.tolist()
-    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result))
+    (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -413,7 +413,7 @@ def test_callbacks_of_other_ranks(tmp_path: Any) -> None:
 
 def with_hooks_within(folder: str) -> Any:
     """A callback that stops updates, which an evaluation calls."""
-    early_stop = KLEarlyStoppingCallback(1e-4)
+    early_stop = KLEarlyStoppingCallback(1e-6)
     evaluation = EvalCallback(make_vec_env("CartPole-v1", 1), callback_on_new_best=early_stop, eval_freq=16, verbose=0)
     recorder = Recorder()
     make(make_vec_env("CartPole-v1", N_ENVS)).learn(SIZE * SAMPLES, [evaluation, recorder])

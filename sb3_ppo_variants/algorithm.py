@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -53,7 +54,7 @@ from sb3_ppo_variants.nonfinite import (
     nonfinite_in_rollout,
     nonfinite_observation,
 )
-from sb3_ppo_variants.resume import go_on, newest, read
+from sb3_ppo_variants.resume import check_algorithm, go_on, newest, read
 from sb3_ppo_variants.safe_file import UntrustedFileError
 from sb3_ppo_variants.transaction import Attempt, Transaction, checked
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
@@ -131,6 +132,7 @@ class PPOBase(OnPolicyAlgorithm):
         self._learn_arguments: dict[str, Any] = {}
         self._iteration = 0
         self._is_learning = False
+        self._kl_per_epoch: list[tuple[float, int]] = []
         self._callback: BaseCallback | None = None
         kwargs["_init_setup_model"] = False
         super().__init__(*args, **kwargs)
@@ -601,6 +603,7 @@ class PPOBase(OnPolicyAlgorithm):
             "_iteration",
             "_callback",
             "_is_learning",
+            "_kl_per_epoch",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
@@ -709,7 +712,7 @@ class PPOBase(OnPolicyAlgorithm):
     def resume(
         cls: type[SelfAlgorithm],
         path: str | pathlib.Path,
-        env: GymEnv | VectorEnv[Any, Any, Any],
+        env: GymEnv | VectorEnv[Any, Any, Any] | str,
         callback: MaybeCallback = None,
         device: th.device | str = "auto",
         progress_bar: bool = False,
@@ -719,17 +722,20 @@ class PPOBase(OnPolicyAlgorithm):
         never interrupted.
 
         :param path: a checkpoint, or the folder of the checkpoints, of which the newest whole one is taken
-        :param env: environments that are built as those before, with the same wrappers
+        :param env: environments that are built as those before, with the same wrappers; or an id, as before
         :param callback: callbacks of the same kinds as before, which go on with their own state
         :param device: as in ``load``
         :param progress_bar: as in ``learn``
         :return: the trained model
         :raises DamagedCheckpointError: if the file is none, or damaged
         :raises FileNotFoundError: if the folder has no whole checkpoint
-        :raises ValueError: if the environments are built in another way
+        :raises ValueError: if the environments are built in another way, or it is another algorithm's checkpoint
         """
         path = pathlib.Path(path)
         checkpoint = newest(path) if path.is_dir() else read(path)
+        check_algorithm(cls, checkpoint.state)
+        if not isinstance(env, VectorEnv):
+            env = maybe_make_env(env, 0)
         model = cls.load(io.BytesIO(checkpoint.model), env, device, force_reset=False)
         go_on(model, checkpoint.state, callback, progress_bar)
         return model

@@ -313,7 +313,7 @@ class ResumableCheckpointCallback(UpdateCallback):
         for owner, venv in [("environments", state["env"]), *of_callbacks]:
             if isinstance(venv, VecEnvState) and isinstance(venv.envs, str) and owner not in self._told:
                 self._told.add(owner)
-                warnings.warn(f"{owner} will start a new episode on resume, as {venv.envs}", stacklevel=4)
+                warnings.warn(f"{owner} will start a new episode on resume, as {venv.envs}", stacklevel=3)
 
     def _tell_what_is_lost(self) -> None:
         if self._told_lost:
@@ -325,7 +325,7 @@ class ResumableCheckpointCallback(UpdateCallback):
                 if (value is not value_before or fingerprint != fingerprint_before) and not self._told_lost:
                     self._told_lost = True
                     kind, owner = type(value).__qualname__, type(callback).__qualname__
-                    warnings.warn(f"`{name}` of {owner} will be lost on resume: a {kind} is no plain data", stacklevel=4)
+                    warnings.warn(f"`{name}` of {owner} will be lost on resume: a {kind} is no plain data", stacklevel=3)
 
 
 def _check_optimizer(model: "PPOBase") -> None:

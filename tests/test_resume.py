@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shutil
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -279,8 +280,8 @@ def test_what_is_the_models_or_only_of_one_update_is_not_lost(tmp_path: Path) ->
 
 def test_environments_of_callbacks_that_cannot_be_captured_are_told_and_start_anew(tmp_path: Path) -> None:
     def callbacks() -> list[BaseCallback]:
-        env = make_vec_env("CartPole-v1", 1, seed=1, env_kwargs={})
-        env.envs[0].unwrapped.lock = open(__file__)  # type: ignore[attr-defined]  # noqa: SIM115
+        env = make_vec_env("CartPole-v1", 1, seed=1)
+        env.envs[0].unwrapped.lock = threading.Lock()  # type: ignore[attr-defined]
         return [EvalCallback(env, eval_freq=12, n_eval_episodes=1, verbose=0), ResumableCheckpointCallback(tmp_path)]
 
     model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
@@ -289,12 +290,12 @@ def test_environments_of_callbacks_that_cannot_be_captured_are_told_and_start_an
     assert len(told) == 1
     for each in tmp_path.glob("*_96_*"):
         each.unlink()
-    again = callbacks()
+    again = callbacks()[:1]
+    eval_env: Any = again[0].eval_env  # type: ignore[attr-defined]
     resets = []
-    again[0].eval_env.reset = lambda: resets.append(1) or type(env).reset(env)  # type: ignore
-    env = again[0].eval_env  # type: ignore[attr-defined]
-    PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), again[:1], device="cpu")
-    assert resets
+    eval_env.reset = lambda: resets.append(again[0].num_timesteps) or type(eval_env).reset(eval_env)
+    PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), again, device="cpu")
+    assert resets[0] == 2 * 2 * N_STEPS  # before training goes on
 
 
 @pytest.mark.filterwarnings("ignore:rich is experimental")

@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint type format clean
+.PHONY: help demo test test-slow lint type format clean
 
 help:
 	@echo "make demo    train clip, fixed KL and adaptive KL on CartPole-v1 and compare them"
 	@echo "make test    run the tests"
+	@echo "make test-slow  run those that start programs, or train to the end"
 	@echo "make lint    check style"
 	@echo "make type    check types"
 	@echo "make format  put the code into its format"
@@ -19,6 +20,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

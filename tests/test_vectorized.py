@@ -13,6 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from benchmarks import vectorized
 from benchmarks.vectorized import CONTENDERS, UNTIL_SOLVED, Contender, main, measure, seconds_to_solve, summarize
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ["measure", "who", "turn", "value", "timesteps"]
 CONTENDER = CONTENDERS["ours, 64 vectorised"]
 NEVER = np.nan

@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint type crash faults hostile long-run format clean
+.PHONY: help demo test test-slow lint type crash faults hostile long-run format clean
 
 help:
 	@echo "make demo    train clip, fixed KL and adaptive KL on CartPole-v1 and compare them"
 	@echo "make test    run the tests"
+	@echo "make test-slow  run those that start programs, or train to the end"
 	@echo "make crash   kill trainings, and compare what they end with: about ten minutes"
 	@echo "make faults  inject NaN and infinity into trainings, at random"
 	@echo "make hostile try a catalogue of bad input"
@@ -23,6 +24,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
         return EXIT_FAILED
     print(f"\n{write_report(plan.grid, results, folder.path, failed)}\n")
     print(f"Report:      {folder.path / 'report.md'}, with figures and CSV files beside it")
-    if options.tensorboard:
+    if options.tensorboard and folder.tensorboard.exists():
         print(
             f"TensorBoard: {_beside_python('tensorboard')} --logdir {folder.tensorboard}   (then open http://localhost:6006)"
         )

@@ -175,6 +175,7 @@ class _NoTransaction(contextlib.nullcontext[Any]):
 class _NoAttempt(contextlib.nullcontext[None]):
     def __init__(self, model: PPO, stats: UpdateStats) -> None:
         super().__init__()
+        self.failed = False
 
     def at(self, *place: Any) -> "_NoAttempt":
         return self

@@ -533,7 +533,7 @@ def _file_cases() -> Iterator[tuple[str, Case]]:
         Case(
             lambda folder, trainings: PPO.resume(folder, Random()),
             FileNotFoundError,
-            "`path` must be a checkpoint, or a folder with",
+            "`path` must be a checkpoint, or a folder of checkpoints",
         ),
     )
     yield (

@@ -1,7 +1,11 @@
 """
 What gymnasium's vectorised CartPole is worth: steps a second beside SB3's DummyVecEnv, and the time until it is solved.
 
-All take turns in one process, on one torch thread; ratios are taken round by round. Run it with
+Solved means that the policy's mean return over 100 evaluation episodes has reached 475 for the first time in its training;
+later updates, of which there are none here, might take it below that again.
+
+All take turns in one process, on one torch thread, in the opposite order in every other round, so that none gains from a
+machine that gets slower or faster; ratios are taken round by round. Run it with
 ``python -m benchmarks.vectorized``, about a minute a round; nothing else should run beside it.
 """
 
@@ -29,11 +33,14 @@ from benchmarks.provenance import provenance
 from benchmarks.speed import timed
 from benchmarks.tables import markdown
 from sb3_ppo_variants import GymnasiumVecEnv
-from sb3_ppo_variants.vec_env import resets_ahead
+from sb3_ppo_variants.vec_env import resets_in_next_step
 
 ENV = "CartPole-v1"
-N_STEPS = 500
-"""Steps of each environment in one measurement of speed."""
+N_STEPS = 100
+"""Steps of each environment in one pass, or rollout; a measurement of speed repeats these."""
+SECONDS = 1.0
+"""What a measurement of speed takes at least."""
+UNTIL_SOLVED = "seconds until solved"
 SOLVED, N_EVALUATED = 475, 100
 """Mean return, over so many episodes, that gymnasium calls solved."""
 
@@ -48,6 +55,9 @@ def vectorized(n_envs: int, seed: int = 0) -> VecEnv:
     env = GymnasiumVecEnv(gym.make_vec(ENV, num_envs=n_envs, vectorization_mode="vector_entry_point"))
     env.seed(seed)
     return env
+
+
+KINDS: dict[str, Callable[..., VecEnv]] = {"DummyVecEnv": dummy, "VectorEnv": vectorized}
 
 
 class Contender(NamedTuple):
@@ -90,9 +100,9 @@ CONTENDERS = {
 
 class UntilSolved(BaseCallback):
     """
-    Ends training when the environment is solved by the mode of the policy.
+    Ends training when the mode of the policy first reaches the mean return that counts as solved.
 
-    The evaluation, after every rollout, isn't counted.
+    It is evaluated before the first update and after each, the last one too; that time is to be left out.
 
     :param env: for the evaluation
     """
@@ -107,6 +117,13 @@ class UntilSolved(BaseCallback):
         return not self.solved
 
     def _on_rollout_start(self) -> None:
+        self._evaluate()
+
+    def _on_training_end(self) -> None:
+        if not self.solved:  # as the last update is followed by no rollout
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         start = time.perf_counter()
         # Each of as many environments plays one episode.
         mean_return, _ = evaluate_policy(self.model, self._env, N_EVALUATED)
@@ -116,11 +133,11 @@ class UntilSolved(BaseCallback):
 
 def seconds_to_solve(contender: Contender, seed: int) -> tuple[float, int]:
     """
-    Train until solved, or to the end of the budget.
+    Train until solved for the first time, or to the end of the budget.
 
     :param contender: who
     :param seed: of everything
-    :return: seconds, NaN if it has not been solved; and time steps
+    :return: seconds without evaluations, NaN if it has not been solved; and time steps
     """
     env = contender.make_env(contender.n_envs, seed)
     model = contender.algorithm("MlpPolicy", env, seed=seed, device="cpu", **contender.arguments)
@@ -130,36 +147,71 @@ def seconds_to_solve(contender: Contender, seed: int) -> tuple[float, int]:
 
 
 def steps_a_second(make_env: Callable[[int], VecEnv], n_envs: int) -> dict[str, float]:
-    """Of the environments alone, and of this package's PPO collecting a rollout in them."""
-    env = make_env(n_envs)
-    env.reset()
-    actions = np.random.default_rng(0).integers(2, size=(N_STEPS, n_envs))
-    n_steps = 0
+    """
+    Of the environments alone, and of this package's PPO collecting rollouts in them.
+
+    :param make_env: takes the number of environments
+    :param n_envs: number of environments
+    :return: by name; steps that do nothing but reset aren't counted
+    """
+    return {"environments alone": speed_alone(make_env(n_envs)), "rollout": speed_of_rollouts(make_env(n_envs))}
+
+
+def speed_alone(env: VecEnv) -> float:
+    """Of these environments, with random actions."""
+    actions = np.random.default_rng(0).integers(2, size=(N_STEPS, env.num_envs))
+    dones: list[np.ndarray] = []
 
     def step_through() -> None:
-        nonlocal n_steps
         for each in actions:
-            n_steps += int(np.count_nonzero(~resets_ahead(env)))  # those that do more than reset
-            env.step(each)
+            dones.append(env.step(each)[2])
 
-    alone = timed(step_through)
-    model = sb3_ppo_variants.PPO("MlpPolicy", make_env(n_envs), n_steps=N_STEPS, n_epochs=1, batch_size=4096, device="cpu")
+    env.reset()
+    step_through()
+    del dones[:-1]
+    seconds = seconds_of_passes(step_through)
+    # Counted only now, as counting takes time too. The step behind an episode's last one is its reset.
+    n_resets = int(np.count_nonzero(dones[:-1])) if resets_in_next_step(env) else 0
+    return ((len(dones) - 1) * env.num_envs - n_resets) / seconds
+
+
+def speed_of_rollouts(env: VecEnv) -> float:
+    """Of these environments, with this package's PPO acting and keeping what happens."""
+    model = sb3_ppo_variants.PPO("MlpPolicy", env, n_steps=N_STEPS, batch_size=N_STEPS * env.num_envs, device="cpu")
     _, callback = model._setup_learn(1)
-    assert model.env is not None
-    rollout = timed(partial(model.collect_rollouts, model.env, callback, model.rollout_buffer, N_STEPS))
-    return {"environments alone": n_steps / alone, "rollout": model.num_timesteps / rollout}
+    collect = partial(model.collect_rollouts, env, callback, model.rollout_buffer, N_STEPS)
+    collect()
+    n_before = model.num_timesteps
+    seconds = seconds_of_passes(collect)
+    return (model.num_timesteps - n_before) / seconds
+
+
+def seconds_of_passes(run_pass: Callable[[], Any]) -> float:
+    """
+    Call it again and again, until ``SECONDS`` have gone.
+
+    :param run_pass: one pass, which has been called before, so that nothing is done for the first time
+    :return: seconds that all calls have taken
+    """
+    seconds = 0.0
+    while seconds < SECONDS:
+        seconds += timed(run_pass)
+    return seconds
 
 
 def measure(n_rounds: int) -> pd.DataFrame:
     """One row a measurement: what, by whom, in which round, its value, and the time steps of those that solve."""
+    for contender in CONTENDERS.values():
+        seconds_to_solve(contender._replace(budget=1), 0)  # one update, as what torch loads on first use isn't the first's
     rows = []
     for turn in range(n_rounds):
+        direction = 1 if turn % 2 == 0 else -1
         for n_envs in (64, 1024):
-            for name, make_env in (("DummyVecEnv", dummy), ("VectorEnv", vectorized)):
-                for measure, value in steps_a_second(make_env, n_envs).items():
-                    rows.append((f"steps/s, {n_envs} environments, {measure}", name, turn, value, np.nan))
-        for name, contender in CONTENDERS.items():
-            rows.append(("seconds until solved", name, turn, *seconds_to_solve(contender, turn)))
+            for name, make_env in list(KINDS.items())[::direction]:
+                for what, value in steps_a_second(make_env, n_envs).items():
+                    rows.append((f"steps/s, {n_envs} environments, {what}", name, turn, value, np.nan))
+        for name, contender in list(CONTENDERS.items())[::direction]:
+            rows.append((UNTIL_SOLVED, name, turn, *seconds_to_solve(contender, turn)))
         print(f"round {turn + 1} of {n_rounds}: done")
     return pd.DataFrame(rows, columns=["measure", "who", "turn", "value", "timesteps"])
 
@@ -168,20 +220,27 @@ def summarize(measurements: pd.DataFrame) -> pd.DataFrame:
     """
     One row a measure and contender.
 
+    Who hasn't solved it in a round has taken for ever: infinitely many seconds and time steps, 0 times as fast as who has.
+
     :param measurements: as :func:`measure` returns them
-    :return: medians, and the ratio to the measure's first contender, round by round: how many times as fast
+    :return: medians, and the ratio to the measure's first contender, round by round: how many times as fast; "-" for none
     """
     rows = []
-    for measure, group in measurements.groupby("measure", sort=False):
-        by_turn = group.pivot(index="turn", columns="who", values="value")[group["who"].unique()]
-        first = by_turn[by_turn.columns[0]]
-        for who in by_turn:
-            ratios = first / by_turn[who] if measure == "seconds until solved" else by_turn[who] / first
-            row = {"measure": measure, "who": who, "median": f"{by_turn[who].median():.4g}"}
-            row["times as fast"] = f"{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-            steps = group.loc[group["who"] == who, "timesteps"].median()
-            row["time steps"] = "" if np.isnan(steps) else f"{steps:.0f}"
-            row["solved"] = f"{by_turn[who].count()} of {len(by_turn)}" if measure == "seconds until solved" else ""
+    for what, group in measurements.groupby("measure", sort=False):
+        names = group["who"].unique()
+        values, steps = (group.pivot(index="turn", columns="who", values=column)[names] for column in ("value", "timesteps"))
+        solved = values.notna()
+        if what == UNTIL_SOLVED:
+            values, steps = values.where(solved, np.inf), steps.where(solved, np.inf)
+        first = values[names[0]]
+        for who in names:
+            # Where neither has solved it, inf / inf is NaN, which the median and the extremes leave out.
+            ratios = (first / values[who] if what == UNTIL_SOLVED else values[who] / first).dropna()
+            extremes = f"{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            row = {"measure": what, "who": who, "median": f"{values[who].median():.4g}"}
+            row["times as fast"] = "-" if ratios.empty else extremes
+            row["time steps"] = f"{steps[who].median():.0f}" if what == UNTIL_SOLVED else ""
+            row["solved"] = f"{solved[who].sum()} of {len(solved)}" if what == UNTIL_SOLVED else ""
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -207,9 +266,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary.to_csv(options.output / "summary.csv", index=False)
     table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
     footnote = (
-        "Medians of the rounds. How many times as fast as the first of each measure: the median of the rounds' ratios, with "
-        f"the smallest and the largest. Solved: a mean return of {SOLVED} over {N_EVALUATED} episodes of the policy's mode, "
-        "looked at after every update; that look isn't counted."
+        f"Medians of the rounds. Speeds are of at least {SECONDS:g} s, after a warm-up. How many times as fast as the first "
+        "of each measure: the median of the rounds' ratios, with the smallest and the largest. Solved: the mean return of the "
+        f"policy's mode over {N_EVALUATED} evaluation episodes has reached {SOLVED} for the first time, whether or not it "
+        "would stay there. That is looked at before the first update and after each; the look isn't counted. Who has not got "
+        "there within its budget has taken infinitely long; rounds in which nor has the first are left out of its ratios."
     )
     origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
     report = ["# Vectorised environments", table, footnote, origin]

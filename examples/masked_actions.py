@@ -11,7 +11,7 @@ from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_ppo_variants.contrib import MaskablePPO
 
 
-def main(timesteps: int = 50_000) -> float:
+def main(timesteps: int = 10_000) -> float:
     env = InvalidActionEnvDiscrete(dim=60, n_invalid_actions=50)
     model = MaskablePPO("MlpPolicy", env, n_steps=512, gamma=0.4, clip_range=None, kl_coef="auto", seed=0, device="cpu")
     model.learn(timesteps)

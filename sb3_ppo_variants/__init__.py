@@ -16,7 +16,7 @@ from sb3_ppo_variants.nonfinite import NonFiniteError
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL
 from sb3_ppo_variants.resume import DamagedCheckpointError, ResumableCheckpointCallback
-from sb3_ppo_variants.safe_file import UntrustedFileError
+from sb3_ppo_variants.safe_checks import UntrustedFileError
 from sb3_ppo_variants.update import UpdateStats
 from sb3_ppo_variants.vec_env import GymnasiumVecEnv
 from sb3_ppo_variants.version import __version__

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -57,8 +58,8 @@ from sb3_ppo_variants.nonfinite import (
     nonfinite_observation,
 )
 from sb3_ppo_variants.normalization import SharedStatistics
-from sb3_ppo_variants.resume import go_on, read_by_first
-from sb3_ppo_variants.safe_file import UntrustedFileError
+from sb3_ppo_variants.resume import check_algorithm, go_on, read_by_first
+from sb3_ppo_variants.safe_checks import LAST_SEEN, UntrustedFileError
 from sb3_ppo_variants.transaction import Attempt, Transaction, checked
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
@@ -74,8 +75,6 @@ NEW_ARGUMENTS = (
 """Arguments that SB3's PPO hasn't got, or takes fewer values for."""
 SET_UP_LATER = ("observation_space", "action_space", "n_envs", "lr_schedule")
 """Attributes that a model has only after it was set up."""
-LAST_SEEN = ("_last_obs", "_last_original_obs", "_last_episode_starts", "_last_lstm_states")
-"""Attributes that tell where training has stopped, which starts with new episodes."""
 
 
 class PPOBase(OnPolicyAlgorithm):
@@ -135,6 +134,7 @@ class PPOBase(OnPolicyAlgorithm):
         self._learn_arguments: dict[str, Any] = {}
         self._iteration = 0
         self._is_learning = False
+        self._kl_per_epoch: list[tuple[float, int]] = []
         self._callback: BaseCallback | None = None
         self._ranks = Ranks.present()
         self._ranks.choose_device()
@@ -696,6 +696,7 @@ class PPOBase(OnPolicyAlgorithm):
             "_statistics",
             "_episodes",
             "_rank_of_seeds",
+            "_kl_per_epoch",
             "_value_optimizer_policy",
         ]
         return [*super()._excluded_save_params(), *own, *self._own_optimizers()]
@@ -749,8 +750,8 @@ class PPOBase(OnPolicyAlgorithm):
         adapted beta is kept unless ``kl_coef`` is given and differs from the saved one.
 
         :param safe: for files from others: whether to execute no code from the file, which has to be saved with
-            ``safe=True``, or to have all that SB3 has pickled given in ``custom_objects``. Numbers that are NaN or infinite
-            are refused then, and ``tensorboard_log`` isn't taken from it
+            ``safe=True``, or to have all that SB3 has pickled given in ``custom_objects``. What a training can't go on
+            with is refused then, such as NaN, and ``tensorboard_log`` isn't taken from it
         :raises UntrustedFileError: if a file can't be loaded so
         """
         if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
@@ -760,20 +761,21 @@ class PPOBase(OnPolicyAlgorithm):
             return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
 
         blank: Any = cls(next(iter(cls.policy_aliases)), None, _init_setup_model=False)
-        parameters = [*blank._get_torch_save_params()[0], "value_optimizer"]
+        state_dicts, tensors = blank._get_torch_save_params()
         attributes = {*vars(blank), *SET_UP_LATER} - set(blank._excluded_save_params())
-        rest, objects = safe_file.read(path, parameters, attributes, custom_objects or {})
-        if safe:
-            objects["tensorboard_log"] = None  # a file from others isn't to say where files are written
+        own = custom_objects or {}
+        rest, objects = safe_file.read(path, [*state_dicts, "value_optimizer"], tensors, attributes, own, trusted=not safe)
+        settings = (device, objects, print_system_info, force_reset)
+        if not safe:
+            return super().load(rest, env, *settings, **kwargs)  # type: ignore[arg-type]
+        objects["tensorboard_log"] = own.get("tensorboard_log")  # a file from others isn't to say where files are written
         try:
-            model = super().load(rest, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
-            for optimizer in filter(None, (model.policy.optimizer, model.value_optimizer)):
-                safe_file.check_moments(optimizer)
+            model = super().load(rest, env, *settings, **kwargs)  # type: ignore[arg-type]
+            safe_file.check_loaded(model.policy, filter(None, (model.policy.optimizer, model.value_optimizer)))
             return model
-        except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, MemoryError) as error:
-            if not safe:
-                raise
-            raise UntrustedFileError(f"the parts of {path} don't fit together: {error}") from error
+        except Exception as error:
+            reason = f"its parts don't fit together, or not with the arguments: {error}"
+            raise UntrustedFileError(f"{safe_file.name_of(path)} can't be loaded safely, as {reason}") from error
 
     def save(
         self,
@@ -811,7 +813,7 @@ class PPOBase(OnPolicyAlgorithm):
     def resume(
         cls: type[SelfAlgorithm],
         path: str | pathlib.Path,
-        env: GymEnv | VectorEnv[Any, Any, Any],
+        env: GymEnv | VectorEnv[Any, Any, Any] | str,
         callback: MaybeCallback = None,
         device: th.device | str = "auto",
         progress_bar: bool = False,
@@ -821,18 +823,22 @@ class PPOBase(OnPolicyAlgorithm):
         never interrupted.
 
         :param path: a checkpoint, or the folder of the checkpoints, of which the newest whole one is taken
-        :param env: environments that are built as those before, with the same wrappers
+        :param env: environments that are built as those before, with the same wrappers; or an id, as before
         :param callback: callbacks of the same kinds as before, which go on with their own state
         :param device: as in ``load``
         :param progress_bar: as in ``learn``
         :return: the trained model
         :raises DamagedCheckpointError: if the file is none, or damaged
         :raises FileNotFoundError: if the folder has no whole checkpoint
-        :raises ValueError: if the environments are built in another way, or if it is of another number of ranks
+        :raises ValueError: if the environments are built in another way, or it is a checkpoint of another algorithm or number
+            of ranks
         """
         ranks = Ranks.present()
         ranks.connect()
         saved, state = read_by_first(ranks, pathlib.Path(path))
+        check_algorithm(cls, state)
+        if not isinstance(env, VectorEnv):
+            env = maybe_make_env(env, 0)
         model = cls.load(io.BytesIO(saved), env, device, force_reset=False)
         go_on(model, state, callback, progress_bar)
         return model

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -168,8 +169,9 @@ class UpdateHooks:
 
     def on_update_settled(self) -> None:
         """After an update, or after one that was left out."""
-        for callback in self._callbacks:
-            callback._on_update_settled()
+        with ExitStack() as stack:  # each is called, also where one before it, such as Ctrl-C's, ends training
+            for callback in reversed(self._callbacks):
+                stack.callback(callback._on_update_settled)
 
     def on_ready(self) -> None:
         """When all callbacks are initialised."""
@@ -178,8 +180,9 @@ class UpdateHooks:
 
     def on_leaving(self, ended: bool) -> None:
         """When training ends, whatever ends it."""
-        for callback in self._callbacks:
-            callback._on_leaving(ended)
+        with ExitStack() as stack:  # the last first, as they may have put something in each other's place
+            for callback in self._callbacks:
+                stack.callback(callback._on_leaving, ended)
 
 
 OF_FIRST = (EvalCallback, CheckpointCallback, ProgressBarCallback)
@@ -315,6 +318,9 @@ class KLEarlyStoppingCallback(UpdateCallback):
             self._take_snapshot()
             return True
         return self._end_update(stats, kl)
+
+    def _on_update_end(self, stats: UpdateStats) -> None:
+        self._snapshot = None
 
     def _estimate(self, kl: th.Tensor | None, log_ratio: th.Tensor) -> float:
         if self.estimator != "exact":

@@ -100,8 +100,19 @@ def _log_kl_per_epoch(model: "PPOBase", stats: UpdateStats) -> None:
     SB3's logger keeps one value a key from one dump to the next, so the points go to TensorBoard directly.
     """
     rollout_size = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs * model._ranks.size
-    kls = {str(epoch): kl for epoch, kl in enumerate(stats.kl_per_epoch())}
-    for epoch, kl in enumerate(model._ranks.means(kls).values()):
-        step = model.num_timesteps + rollout_size * (epoch + 1) // model.n_epochs
+    kls = model._ranks.means({str(epoch): kl for epoch, kl in enumerate(stats.kl_per_epoch())})
+    model._kl_per_epoch = [
+        (kl, model.num_timesteps + rollout_size * (epoch + 1) // model.n_epochs) for epoch, kl in enumerate(kls.values())
+    ]
+    write_kl_per_epoch(model)
+
+
+def write_kl_per_epoch(model: "PPOBase") -> None:
+    """
+    Write the points of the last update, which are later than its time step.
+
+    :param model: the algorithm
+    """
+    for kl, step in model._kl_per_epoch:
         for writer in tensorboard_writers(model.logger):
             writer.add_scalar("train/kl_per_epoch", kl, step)

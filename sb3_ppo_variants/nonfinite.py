@@ -27,13 +27,21 @@ ROLLOUT = (
 LOSSES = ("value_loss", "policy_loss", "entropy_loss", "kl_penalty_loss", "loss")
 
 
+REFUSALS = ("Expected parameter ", "probability tensor contains either")
+"""How messages of torch start that are about parameters of a distribution."""
+
+
 class NonFiniteError(ValueError):
     """Training has met a number that is NaN or infinite; the parameters are those before the update."""
 
 
 def is_torchs_refusal(error: BaseException) -> bool:
-    """Whether torch's distributions have refused parameters that are NaN: they have no class of error for it."""
-    return isinstance(error, ValueError) and str(error).startswith("Expected parameter ")
+    """
+    Whether torch's distributions have refused parameters that are NaN, or its sampling where they don't check.
+
+    It has no class of error for either.
+    """
+    return isinstance(error, (ValueError, RuntimeError)) and str(error).startswith(REFUSALS)
 
 
 def check_parameters(policy: th.nn.Module) -> None:

@@ -11,19 +11,26 @@ import signal
 import threading
 import warnings
 import zipfile
-import zlib
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
 from sb3_ppo_variants.arguments import check_positive_int
 from sb3_ppo_variants.callbacks import UpdateCallback
 from sb3_ppo_variants.distributed import Ranks
-from sb3_ppo_variants.env_state import capture_vec_env, restore_vec_env
+from sb3_ppo_variants.env_state import VecEnvState, capture_vec_env, restore_vec_env
+from sb3_ppo_variants.isolation import undisturbed
+from sb3_ppo_variants.logs import tensorboard_writers, write_kl_per_epoch
+from sb3_ppo_variants.rollout import KEPT, SHAPE_WHEN_EMPTY
 
 if TYPE_CHECKING:
     from sb3_ppo_variants.algorithm import PPOBase
@@ -42,8 +49,19 @@ NOT_CALLBACKS_OWN = (
     "_objects",
 )
 """Attributes that a callback is given, or that belong to one process's training."""
-UNREADABLE = (zipfile.BadZipFile, KeyError, EOFError, ValueError, NotImplementedError, zlib.error, pickle.UnpicklingError)
-"""What a damaged file makes of reading it."""
+SB3S_IN_BUFFERS = frozenset(
+    (
+        *("buffer_size", "observation_space", "action_space", "obs_shape", "action_dim", "pos", "full", "device", "n_envs"),
+        *("gae_lambda", "gamma", "observations", "actions", "rewards", "advantages", "returns", "episode_starts", "log_probs"),
+        *("values", "generator_ready", "action_masks", "mask_dims", "hidden_state_shape"),
+        *("hidden_states_pi", "cell_states_pi"),
+        *("hidden_states_vf", "cell_states_vf", "seq_start_indices", "seq_end_indices", SHAPE_WHEN_EMPTY, KEPT),
+    )
+)
+"""Attributes of rollout buffers that each rollout sets anew, or that are settings."""
+
+MAX_FINGERPRINT = 2**20
+"""Bytes of a pickle: larger objects are only told apart by which they are."""
 
 
 class DamagedCheckpointError(Exception):
@@ -63,12 +81,8 @@ class Checkpoint(NamedTuple):
 
 
 OF_A_RANK = (
-    "_last_obs",
-    "_last_original_obs",
-    "_last_episode_starts",
-    "_last_lstm_states",
-    "ep_info_buffer",
-    "ep_success_buffer",
+    *("_last_obs", "_last_original_obs", "_last_episode_starts", "_last_lstm_states"),
+    *("ep_info_buffer", "ep_success_buffer"),
 )
 """Attributes of a model that depend on its environments."""
 
@@ -79,11 +93,18 @@ def state_of(model: "PPOBase", at_start: dict[int, dict[str, bytes]]) -> dict[st
 
     :param model: the model
     :param at_start: its callbacks' plain attributes when training started, by the callbacks' ids
-    :raises UncapturedStateError: if an environment's wrapper can't be pickled
     """
     assert model.env is not None
     logger = model.logger
     return {
+        "algorithm": (type(model).__qualname__, _family(type(model))),
+        "frozen": [name for name, parameter in model.policy.named_parameters() if not parameter.requires_grad],
+        "buffer": {
+            name: value
+            for name, value in vars(model.rollout_buffer).items()
+            if name not in SB3S_IN_BUFFERS and _is_plain(value)
+        },
+        "tensorboard": (None if model._custom_logger else logger.get_dir(), model._kl_per_epoch),
         "env": capture_vec_env(model.env),
         "of_rank": {name: value for name, value in vars(model).items() if name in OF_A_RANK},
         "logged": (dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)),
@@ -151,9 +172,11 @@ def read(path: Path) -> Checkpoint:
             sums = json.loads(archive.read("sha256.json"))
         if any(hashlib.sha256(content).hexdigest() != sums[name] for name, content in parts.items()):
             raise ValueError("a checksum differs")
-        return Checkpoint(parts["model.zip"], pickle.loads(parts["states.pkl"]))
-    except UNREADABLE as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # of many kinds: modules for decompression have their own
         raise DamagedCheckpointError(f"{path} is no checkpoint, or a damaged one: {error}") from error
+    return Checkpoint(parts["model.zip"], pickle.loads(parts["states.pkl"]))
 
 
 def newest(folder: Path, name_prefix: str | None = None) -> Checkpoint:
@@ -193,7 +216,7 @@ def read_by_first(ranks: Ranks, path: Path) -> tuple[bytes, dict[str, Any]]:
             checkpoint = newest(path) if path.is_dir() else read(path)
             if len(checkpoint.states) != ranks.size:
                 raise ValueError(f"`path` must be a checkpoint of {ranks.size} ranks, not of {len(checkpoint.states)}: {path}")
-        except (DamagedCheckpointError, OSError, ValueError) as refusal:
+        except Exception as refusal:  # which all ranks are to raise
             error = refusal
     error = ranks.broadcast(error)
     if error is not None:
@@ -204,7 +227,7 @@ def read_by_first(ranks: Ranks, path: Path) -> tuple[bytes, dict[str, Any]]:
 
 def in_order(folder: Path, name_prefix: str | None = None) -> list[Path]:
     """A folder's checkpoints, those after the fewest time steps first."""
-    paths = [path for path in folder.glob(f"*{SUFFIX}") if _steps(path, name_prefix) is not None]
+    paths = [path for path in folder.glob(f"*{SUFFIX}") if _steps(path, name_prefix) is not None and path.is_file()]
     return sorted(paths, key=lambda path: _steps(path, name_prefix) or 0)
 
 
@@ -231,7 +254,8 @@ class ResumableCheckpointCallback(UpdateCallback):
     :param keep: how many checkpoints stay, the newest ones
     :param verbose: 1 to tell of each
     :raises TypeError: if ``save_freq`` or ``keep`` is no integer
-    :raises ValueError: if one of them is less than 1, or if training starts where the folder has a checkpoint from later on
+    :raises ValueError: if one of them is less than 1, or if training starts where the folder has a checkpoint from later on,
+        or with an optimiser that a policy like the model's wouldn't have
     """
 
     def __init__(
@@ -243,10 +267,10 @@ class ResumableCheckpointCallback(UpdateCallback):
         self.name_prefix = name_prefix
         self.keep = check_positive_int("keep", keep)
         self.n_updates = 0
-        self._told = False
+        self._told: set[str] = set()
         self._told_lost = False
         self._at_start: dict[int, dict[str, bytes]] = {}
-        self._objects: dict[int, dict[str, Any]] = {}
+        self._objects: dict[int, dict[str, tuple[Any, bytes | None]]] = {}
         self._stopping = False
         self._handler: Any = None
 
@@ -254,6 +278,7 @@ class ResumableCheckpointCallback(UpdateCallback):
         self.save_path.mkdir(parents=True, exist_ok=True)
 
     def _on_ready(self) -> None:
+        _check_optimizer(self.model)
         for path in in_order(self.save_path, self.name_prefix) if self.model._ranks.is_first else []:
             if (_steps(path, self.name_prefix) or 0) > self.model.num_timesteps and _is_whole(path):
                 raise ValueError(
@@ -271,7 +296,10 @@ class ResumableCheckpointCallback(UpdateCallback):
     def _stop_behind_the_update(self, number: int, frame: Any) -> None:
         # Nothing is printed here, as something may just be being printed.
         self._stopping = True
-        signal.signal(signal.SIGINT, self._handler)
+        if isinstance(getattr(self._handler, "__self__", None), ResumableCheckpointCallback):
+            self._handler(number, frame)  # another of them saves too, and the second Ctrl-C isn't for it either
+        else:
+            signal.signal(signal.SIGINT, self._handler)
 
     def _on_leaving(self, ended: bool) -> None:
         if self._handler is not None:
@@ -282,7 +310,7 @@ class ResumableCheckpointCallback(UpdateCallback):
 
     def _on_update_start(self) -> None:
         if not self._objects:  # what training needs, such as a progress bar, is there by now
-            self._objects = {id(callback): _objects(callback) for callback in _callbacks(self.model._callback)}
+            self._objects = {id(each): _objects(each, self.model) for each in _callbacks(self.model._callback)}
 
     def _on_update_settled(self) -> None:
         self.n_updates += 1
@@ -296,8 +324,9 @@ class ResumableCheckpointCallback(UpdateCallback):
     def save(self) -> Path:
         """Write a checkpoint now, behind an update; for all ranks to call."""
         state = state_of(self.model, self._at_start)
-        self._tell(state["env"].envs)
+        self._tell(state)
         self._tell_what_is_lost()
+        self.save_path.mkdir(parents=True, exist_ok=True)  # somebody may have cleared up
         path = self.save_path / f"{self.name_prefix}_{self.model.num_timesteps}_steps{SUFFIX}"
         states = self.model._ranks.gather_at_first(state)
         if states is None:
@@ -312,19 +341,74 @@ class ResumableCheckpointCallback(UpdateCallback):
             print(f"Saved {path}")
         return path
 
-    def _tell(self, envs: Any) -> None:
-        if isinstance(envs, str) and not self._told:
-            self._told = True
-            warnings.warn(f"environments will start a new episode on resume, as {envs}", stacklevel=4)
+    def _tell(self, state: dict[str, Any]) -> None:
+        of_callbacks = [
+            (f"the environments in `{name}` of {kind}", value)
+            for kind, attributes in state["callbacks"]
+            for name, value in attributes.items()
+        ]
+        for owner, venv in [("environments", state["env"]), *of_callbacks]:
+            if isinstance(venv, VecEnvState) and isinstance(venv.envs, str) and owner not in self._told:
+                self._told.add(owner)
+                warnings.warn(f"{owner} will start a new episode on resume, as {venv.envs}", stacklevel=3)
 
     def _tell_what_is_lost(self) -> None:
+        if self._told_lost:
+            return
         for callback in _callbacks(self.model._callback):
             before = self._objects.get(id(callback), {})
-            for name, value in _objects(callback).items():
-                if value is not before.get(name) and not self._told_lost:
+            for name, (value, fingerprint) in _objects(callback, self.model).items():
+                value_before, fingerprint_before = before.get(name, (None, None))
+                if (value is not value_before or fingerprint != fingerprint_before) and not self._told_lost:
                     self._told_lost = True
                     kind, owner = type(value).__qualname__, type(callback).__qualname__
-                    warnings.warn(f"`{name}` of {owner} will be lost on resume: a {kind} is no plain data", stacklevel=4)
+                    warnings.warn(f"`{name}` of {owner} will be lost on resume: a {kind} is no plain data", stacklevel=3)
+
+
+def _check_optimizer(model: "PPOBase") -> None:
+    """
+    Check that a policy like the model's has an optimiser like its: else no checkpoint could be resumed.
+
+    :param model: the model
+    :raises ValueError: if it has another one
+    """
+    expected = model.policy.optimizer_class, [len(list(model.policy.parameters()))]
+    if _structure(model.policy.optimizer) == expected:
+        return
+    with undisturbed(model.policy):  # of a class of its own, whose optimiser may be any
+        arguments = model.observation_space, model.action_space, model.lr_schedule
+        use_sde = {"use_sde": True} if model.use_sde else {}  # contrib's policies don't know the argument
+        policy: Any = model.policy_class(*arguments, **use_sde, **model.policy_kwargs)
+    if _structure(model.policy.optimizer) != _structure(policy.optimizer):
+        kind, sizes = _structure(model.policy.optimizer)
+        raise ValueError(
+            f"`policy.optimizer` must be built as {model.policy_class.__name__} builds it, for checkpoints to be resumed, not "
+            f"a {kind.__name__} of {len(sizes)} group(s) with {sum(sizes)} parameters: give `optimizer_class` and "
+            "`optimizer_kwargs` in `policy_kwargs`, or build it in a policy class"
+        )
+
+
+def _structure(optimizer: th.optim.Optimizer) -> tuple[type, list[int]]:
+    return type(optimizer), [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _family(algorithm: type) -> str:
+    """The algorithm of SB3, or of contrib, that one is a variant of: PPO and PPOKL go on with each other's checkpoints."""
+    bases = (base for base in algorithm.__mro__ if base.__module__.startswith(("stable_baselines3.", "sb3_contrib.")))
+    return next(f"{base.__module__}.{base.__qualname__}" for base in bases)
+
+
+def check_algorithm(algorithm: type, state: dict[str, Any]) -> None:
+    """
+    Check that a checkpoint is one of an algorithm's.
+
+    :param algorithm: the algorithm
+    :param state: the checkpoint's
+    :raises ValueError: if it is another one's
+    """
+    name, family = state["algorithm"]
+    if family != _family(algorithm):
+        raise ValueError(f"`path` must have checkpoints of {algorithm.__name__}, not of {name}: use `{name}.resume`")
 
 
 def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: bool) -> None:
@@ -337,6 +421,10 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
     :param progress_bar: as ``learn`` takes it
     """
     assert model.env is not None
+    _adopt_spaces(model)
+    for name, parameter in model.policy.named_parameters():
+        parameter.requires_grad_(name not in state["frozen"])
+    vars(model.rollout_buffer).update(state["buffer"])
     learning = state["learning"]
     total_timesteps, log_interval = learning["total_timesteps"], learning["log_interval"]
     vars(model).update(state["of_rank"])
@@ -346,7 +434,9 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
     extra = {"use_masking": learning["use_masking"]} if "use_masking" in learning else {}
     with model._left_in_order():
         more = total_timesteps - model.num_timesteps
-        _, root = model._setup_learn(more, callback, False, learning["tb_log_name"], progress_bar)
+        folder, model._kl_per_epoch = state["tensorboard"]
+        with _logging_to(model, folder):
+            _, root = model._setup_learn(more, callback, False, learning["tb_log_name"], progress_bar)
         for name, logged in zip(("name_to_value", "name_to_count", "name_to_excluded"), state["logged"], strict=True):
             getattr(model.logger, name).update(logged)
         root.on_training_start(locals(), globals())
@@ -361,6 +451,38 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
                 model.dump_logs(model._iteration + 1)
             model.train()
         root.on_training_end()
+
+
+def _adopt_spaces(model: "PPOBase") -> None:
+    """The environments' own spaces are the model's, with the same random states, as in a training that has gone on."""
+    assert model.env is not None
+    own = {id(model.observation_space): model.env.observation_space, id(model.action_space): model.env.action_space}
+    for owner in (model, model.rollout_buffer, *model.policy.modules()):
+        vars(owner).update({name: own[id(value)] for name, value in vars(owner).items() if id(value) in own})
+
+
+@contextmanager
+def _logging_to(model: "PPOBase", folder: str | None) -> Iterator[None]:
+    """
+    Go on in TensorBoard where the training has logged to, not where the latest one does, and with no step twice.
+
+    :param model: the model, whose ``_setup_learn`` is called within
+    :param folder: where the training has logged to
+    """
+    if model.tensorboard_log is None or folder is None or not model._ranks.is_first:
+        yield
+        return
+    model._logger = configure(folder, ["stdout", "tensorboard"] if model.verbose >= 1 else ["tensorboard"])
+    for writer in tensorboard_writers(model.logger):
+        # What `SummaryWriter(purge_step=...)` writes: what was logged from this step on, before the crash, is not shown.
+        restart = Event(step=model.num_timesteps + 1, session_log=SessionLog(status=SessionLog.START))
+        writer._get_file_writer().add_event(restart)  # type: ignore[no-untyped-call]
+    write_kl_per_epoch(model)
+    model._custom_logger = True
+    try:
+        yield
+    finally:
+        model._custom_logger = False
 
 
 def _callbacks(root: BaseCallback | None) -> list[BaseCallback]:
@@ -390,10 +512,48 @@ def _pickled(callback: BaseCallback) -> dict[str, bytes]:
     return {name: pickle.dumps(value) for name, value in _own(callback).items() if _is_plain(value)}
 
 
-def _objects(callback: BaseCallback) -> dict[str, Any]:
-    """A callback's other attributes, but for what is dealt with apart."""
+def _objects(callback: BaseCallback, model: "PPOBase") -> dict[str, tuple[Any, bytes | None]]:
+    """A callback's other attributes, but for what is dealt with apart, with what tells whether their contents have changed."""
     apart = (BaseCallback, VecEnv)
-    return {name: value for name, value in _own(callback).items() if not _is_plain(value) and not isinstance(value, apart)}
+    objects = {name: value for name, value in _own(callback).items() if not _is_plain(value) and not isinstance(value, apart)}
+    return {name: (value, _fingerprint(value, model)) for name, value in objects.items()}
+
+
+def _fingerprint(value: Any, model: "PPOBase") -> bytes | None:
+    """A checksum of an object without what is the model's; ``None`` if it can't be pickled, or is too large."""
+    pickler = _Fingerprinter(model)
+    try:
+        pickler.dump(value)
+    except Exception:  # of any kind: it is somebody's object
+        return None
+    return pickler.sum.digest()
+
+
+class _Fingerprinter(pickle.Pickler):
+    """
+    Computes a checksum of what it pickles.
+
+    :param model: which is left out, with all that is saved anyway
+    """
+
+    def __init__(self, model: "PPOBase") -> None:
+        super().__init__(self)
+        self.sum = hashlib.sha256()
+        self._n_bytes = 0
+        policy = model.policy
+        parts = (model, model.rollout_buffer, *policy.modules(), *policy.parameters(), policy.optimizer, model.value_optimizer)
+        self._saved = {id(part) for part in (*parts, model.logger)}
+
+    def write(self, content: bytes) -> int:
+        self._n_bytes += len(content)
+        if self._n_bytes > MAX_FINGERPRINT:
+            raise ValueError("too large")
+        self.sum.update(content)
+        return len(content)
+
+    def persistent_id(self, obj: Any) -> str | None:
+        apart = id(obj) in self._saved or isinstance(obj, (BaseCallback, VecEnv))
+        return type(obj).__qualname__ if apart else None
 
 
 def _callback_state(callback: BaseCallback, at_start: dict[str, bytes]) -> tuple[str, dict[str, Any]]:
@@ -414,15 +574,18 @@ def _restore_callbacks(callbacks: list[BaseCallback], states: list[tuple[str, di
             continue
         callbacks.remove(callback)
         for name, value in attributes.items():
-            if isinstance(vars(callback).get(name), VecEnv):
-                restore_vec_env(vars(callback)[name], value)
+            env = vars(callback).get(name)
+            if isinstance(env, VecEnv):
+                if not restore_vec_env(env, value):
+                    env.reset()
             else:
                 vars(callback)[name] = value
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple, set, deque)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
-    return value is None or isinstance(value, (bool, int, float, str, bytes, np.ndarray, np.generic, th.Tensor))
+    generators = (np.random.Generator, np.random.RandomState, random.Random, th.Generator)
+    return value is None or isinstance(value, (bool, int, float, str, bytes, np.ndarray, np.generic, th.Tensor, *generators))

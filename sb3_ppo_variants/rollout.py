@@ -15,7 +15,7 @@ Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
 STANDARD_BUFFERS: list[type[RolloutBuffer]] = [RolloutBuffer, DictRolloutBuffer]
 """Whose ``get`` hands out minibatches by indices of the flattened rollout."""
-_SHAPE = "shape_when_empty"
+SHAPE_WHEN_EMPTY = "shape_when_empty"
 """Attribute of a buffer that has been cut to a part of itself: ``buffer_size`` and ``n_envs`` that it had before."""
 KEPT = "kept"
 """Attribute of a buffer that doesn't keep all transitions of its rollout: which, shape (n_steps, n_envs)."""
@@ -155,7 +155,7 @@ def _cut(buffer: RolloutBuffer, cut: Callable[[np.ndarray], np.ndarray], shape: 
             vars(buffer)[name] = cut(value)
         elif isinstance(value, dict) and value and all(map(is_of_transitions, value.values())):
             vars(buffer)[name] = {key: cut(array) for key, array in value.items()}
-    vars(buffer).setdefault(_SHAPE, (buffer.buffer_size, buffer.n_envs))
+    vars(buffer).setdefault(SHAPE_WHEN_EMPTY, (buffer.buffer_size, buffer.n_envs))
     buffer.buffer_size, buffer.n_envs = shape
     buffer.full = True
 
@@ -166,7 +166,7 @@ def lengthen(buffer: RolloutBuffer) -> None:
 
     :param buffer: about to be reset
     """
-    buffer.buffer_size, buffer.n_envs = vars(buffer).pop(_SHAPE, (buffer.buffer_size, buffer.n_envs))
+    buffer.buffer_size, buffer.n_envs = vars(buffer).pop(SHAPE_WHEN_EMPTY, (buffer.buffer_size, buffer.n_envs))
     vars(buffer).pop(KEPT, None)
 
 

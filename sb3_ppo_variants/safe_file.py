@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,54 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 from sb3_ppo_variants.kl_coef import KLCoefController, KLCoefState
+from sb3_ppo_variants.safe_checks import (
+    MAX_BYTES,
+    UntrustedFileError,
+    check_attributes,
+    check_optimizer,
+    check_policy,
+    check_size,
+    read_tensors,
+)
 
 TAG = ":safe:"
 """Key of a JSON object that stands for something that JSON hasn't got."""
 
-TRUSTED = ("stable_baselines3.", "sb3_contrib.", "sb3_ppo_variants.", "torch.nn.modules.", "torch.optim.")
+TRUSTED = (
+    *("stable_baselines3.", "sb3_contrib.", "sb3_ppo_variants.", "torch.optim."),
+    *("torch.nn.modules.activation.", "torch.nn.modules.linear."),
+)
 """Modules whose classes a file may name, if they have been imported."""
 
-NAMED = (RolloutBuffer, BasePolicy, BaseFeaturesExtractor, th.nn.Module, th.optim.Optimizer)
-"""What these classes have to be."""
+NAMED = (RolloutBuffer, BasePolicy, BaseFeaturesExtractor, th.nn.Module, th.optim.Optimizer, RMSpropTFLike)
+"""What these classes have to be; :class:`RMSpropTFLike` is there to be imported, as nothing is imported for a file."""
 
-MAX_BYTES = 2**31
-"""Of all that is in a file, unpacked."""
+NEED_A_CLOSURE = (th.optim.LBFGS,)
+"""Optimisers that SB3 can't use."""
+
+MAX_DATA_BYTES = 2**24
+"""Of the attributes' JSON: the bounds of an image of 640 x 480 x 3 floats, each another, take 10 MB."""
+
+MAX_ITEMS = 2**17
+"""Values in it, each of which takes far more memory, and time, than its characters."""
+
+MAX_ARRAY_BYTES = 2**28
+"""Of the attributes' arrays; those whose items are all the same take hardly any bytes in a file."""
 
 NUMBERS = "biuf"
 """Kinds of arrays that consist of numbers."""
 
-MAY_BE_INFINITE = frozenset(("max_grad_norm", "ep_info_buffer", "ep_success_buffer"))
-"""Attributes: a norm without a bound is infinite, and so are the returns of environments whose rewards are."""
+VARIABLES = "pytorch_variables.pth"
 
 OTHER_ENTRIES = ("data", "_stable_baselines3_version", "system_info.txt")
 
-
-class UntrustedFileError(ValueError):
-    """A file can't be read without executing code from it, or isn't what it should be."""
+GSDE_ARGUMENTS = ("use_sde", "full_std", "use_expln", "squash_output")
+"""Of policies."""
 
 
 def to_plain(name: str, value: Any) -> Any:
@@ -68,14 +89,19 @@ def to_plain(name: str, value: Any) -> Any:
         for kind, tag, parts in PARTS:
             if isinstance(value, kind):
                 return {TAG: tag, "content": to_plain(name, parts(value))}
+    kind, what = (value, "the class") if isinstance(value, type) else (type(value), "a")
     raise ValueError(
-        f"`{name}` can't be saved as plain data, as it is a {type(value).__module__}.{type(value).__qualname__}: leave it out "
+        f"`{name}` can't be saved as plain data, as it is {what} {kind.__module__}.{kind.__qualname__}: leave it out "
         f"by `exclude=[{name!r}]` and give it to `load` in `custom_objects`, or save without `safe`"
     )
 
 
 def _array_parts(array: np.ndarray) -> list[Any]:
-    return [array.dtype.str, list(array.shape), base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()]
+    content = array.tobytes()
+    first = content[: array.itemsize]
+    if content == first * array.size:  # as the bounds of images
+        content = first
+    return [array.dtype.str, list(array.shape), base64.b64encode(content).decode()]
 
 
 PARTS: tuple[tuple[type, str, Callable[[Any], Any]], ...] = (
@@ -118,21 +144,35 @@ def _array(content: Any) -> np.ndarray:
     kind = np.dtype(dtype)
     if kind.kind not in NUMBERS:
         raise TypeError(f"arrays must be of numbers, not {dtype}")
-    return np.frombuffer(base64.b64decode(data, validate=True), kind).reshape(shape).copy()
+    items = np.frombuffer(base64.b64decode(data, validate=True), kind)
+    return np.full(shape, items[0], kind) if items.size == 1 else items.reshape(shape).copy()
+
+
+def _n_array_bytes(value: Any) -> int:
+    """What the arrays in a value from JSON take."""
+    if isinstance(value, dict):
+        if value.get(TAG) == "array":
+            dtype, shape, _ = value["content"]
+            n_bytes: int = math.prod(map(abs, shape)) * np.dtype(dtype).itemsize
+            return n_bytes
+        value = list(value.values())
+    return sum(map(_n_array_bytes, value)) if isinstance(value, list) else 0
 
 
 def _class(content: Any) -> type:
     module, name = content
     if not f"{module}.".startswith(TRUSTED):
         raise TypeError(f"{module}.{name} is no class that a file may name")
-    kind = getattr(sys.modules.get(module), name, None)  # nothing is imported for a file
+    if module not in sys.modules:  # nothing is imported for a file
+        raise TypeError(f"{module} isn't imported, and a file can't have it imported: import it first")
+    kind = vars(sys.modules[module]).get(name)
     if not isinstance(kind, type) or not _may_be_named(kind):
         raise TypeError(f"{module}.{name} is no class that a file may name")
     return kind
 
 
 def _may_be_named(kind: type) -> bool:
-    return kind.__module__.startswith(TRUSTED) and issubclass(kind, NAMED)
+    return f"{kind.__module__}.".startswith(TRUSTED) and issubclass(kind, NAMED) and not issubclass(kind, NEED_A_CLOSURE)
 
 
 BUILDERS: dict[str, Callable[[Any], Any]] = {
@@ -170,29 +210,28 @@ def is_plain(path: str | Path | io.BufferedIOBase) -> bool:
 def read(
     path: str | Path | io.BufferedIOBase,
     parameters: Iterable[str],
+    variables: Iterable[str],
     allowed: Iterable[str],
     custom_objects: Mapping[str, Any],
+    trusted: bool,
 ) -> tuple[io.BytesIO, dict[str, Any]]:
     """
     Read a file, and execute no code from it.
 
     :param path: of the file
     :param parameters: names of the state dicts that it may hold
+    :param variables: names of the other tensors that it may hold
     :param allowed: names of the attributes that it may hold
     :param custom_objects: attributes that the caller gives in place of the file's
+    :param trusted: whether it is the caller's own, and anything that can be read will do
     :return: for SB3's ``load``: a file without attributes, and the attributes as custom objects
-    :raises UntrustedFileError: if the file isn't whole, isn't safe, or isn't finite
+    :raises UntrustedFileError: if the file isn't whole, isn't safe, or isn't what it should be
     """
     try:
         with zipfile.ZipFile(_opened(path)) as archive:
-            entries = _entries(archive, [*OTHER_ENTRIES, "pytorch_variables.pth", *(f"{name}.pth" for name in parameters)])
-        data = json.loads(entries.pop("data"))
-        infinite = sorted(name for name in data.keys() - MAY_BE_INFINITE if not _is_finite(data[name]))
-        if infinite:
-            raise UntrustedFileError(f"`{infinite[0]}` holds numbers that are NaN or infinite")
-        odd = sorted(data.keys() - set(allowed))
-        if odd:
-            raise UntrustedFileError(f"it has `{odd[0]}`, which this algorithm hasn't: it may be of another one")
+            entries = _entries(archive, [*OTHER_ENTRIES, VARIABLES, *(f"{name}.pth" for name in parameters)])
+        content = entries.pop("data")
+        data = json.loads(content) if trusted else _checked_json(content, set(allowed))
         needed = [key for key, value in data.items() if isinstance(value, dict) and ":serialized:" in value]
         pickled = [key for key in needed if key not in custom_objects]
         if pickled:
@@ -200,16 +239,20 @@ def read(
                 f"{', '.join(pickled)} would have to be unpickled: save with `safe=True`, or give them in `custom_objects`"
             )
         attributes = {key: from_plain(value) for key, value in data.items() if key not in custom_objects}
-        for name, content in entries.items():
-            if name.endswith(".pth"):
-                _check_tensors(name, content)
-        _check_memory({**attributes, **custom_objects}, entries["policy.pth"])
+        if not trusted:
+            check_attributes(attributes)
+            tensors = {name: read_tensors(name, entry) for name, entry in entries.items() if name.endswith(".pth")}
+            odd = sorted((tensors.get(VARIABLES) or {}).keys() - set(variables))
+            if odd:
+                raise UntrustedFileError(f"it has {odd[0]!r} among its tensors, which this algorithm hasn't")
+            _check_memory({**attributes, **custom_objects}, tensors["policy.pth"], "policy_kwargs" in custom_objects)
+            entries.update({name: _saved(value) for name, value in tensors.items()})
     except UntrustedFileError as error:
-        raise UntrustedFileError(f"{_name(path)} can't be loaded safely: {error}") from error
+        raise UntrustedFileError(f"{name_of(path)} can't be loaded safely: {error}") from error
     except FileNotFoundError:
         raise
     except (Exception, RecursionError) as error:
-        raise UntrustedFileError(f"{_name(path)} is no file of a model, or a damaged one: {error}") from error
+        raise UntrustedFileError(f"{name_of(path)} is no file of a model, or a damaged one: {error}") from error
     attributes = {**attributes, **custom_objects}
     rest = io.BytesIO()
     with zipfile.ZipFile(rest, "w") as archive:
@@ -218,6 +261,19 @@ def read(
             archive.writestr(name, content)
     rest.seek(0)
     return rest, attributes
+
+
+def check_loaded(policy: th.nn.Module, optimizers: Iterable[th.optim.Optimizer]) -> None:
+    """
+    Check what SB3's ``load`` has made of a file that :func:`read` has read.
+
+    :param policy: with the file's parameters
+    :param optimizers: with the file's moments
+    :raises UntrustedFileError: if there are numbers that aren't finite, or an optimiser can't go on
+    """
+    check_policy(policy)
+    for optimizer in optimizers:
+        check_optimizer(optimizer, _may_be_named(type(optimizer)))
 
 
 def _opened(path: str | Path | io.BufferedIOBase) -> Any:
@@ -230,7 +286,12 @@ def _opened(path: str | Path | io.BufferedIOBase) -> Any:
     return content
 
 
-def _name(path: str | Path | io.BufferedIOBase) -> str:
+def name_of(path: str | Path | io.BufferedIOBase) -> str:
+    """
+    What a file is called in error messages.
+
+    :param path: of the file
+    """
     return str(path) if isinstance(path, (str, Path)) else "the file"
 
 
@@ -244,60 +305,64 @@ def _entries(archive: zipfile.ZipFile, allowed: list[str]) -> dict[str, bytes]:
         )
     if len(set(names)) < len(names):
         raise UntrustedFileError("it holds an entry twice")
-    _check_size(archive)
+    check_size(archive)
     return {name: archive.read(name) for name in names}  # never more than the size that was checked
 
 
-def _check_size(archive: zipfile.ZipFile) -> None:
-    n_bytes = sum(entry.file_size for entry in archive.infolist())
-    if n_bytes > MAX_BYTES:
-        raise UntrustedFileError(f"it would be {n_bytes / 2**30:.0f} GiB unpacked, more than {MAX_BYTES / 2**30:.0f} GiB")
+def _checked_json(content: bytes, allowed: set[str]) -> dict[str, Any]:
+    """The attributes in an entry, if they have names that are allowed, and don't take too much memory."""
+    n_items = sum(map(content.count, (b"[", b"{", b",")))
+    if len(content) > MAX_DATA_BYTES or n_items > MAX_ITEMS:
+        raise UntrustedFileError(
+            f"its attributes take {len(content) / 2**20:.0f} MiB, with {n_items} values, more than "
+            f"{MAX_DATA_BYTES / 2**20:.0f} MiB or {MAX_ITEMS} values"
+        )
+    data: dict[str, Any] = json.loads(content)
+    n_bytes = _n_array_bytes(data)
+    if n_bytes > MAX_ARRAY_BYTES:
+        raise UntrustedFileError(
+            f"its attributes hold arrays of {n_bytes / 2**20:.0f} MiB, more than {MAX_ARRAY_BYTES / 2**20:.0f} MiB"
+        )
+    odd = sorted(data.keys() - allowed)
+    if odd:
+        raise UntrustedFileError(f"it has `{odd[0]}`, which this algorithm hasn't: it may be of another one")
+    return data
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, (list, dict)):
-        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
+def _saved(value: Any) -> bytes:
+    content = io.BytesIO()
+    th.save(value, content)
+    return content.getvalue()
 
 
-def _check_tensors(name: str, content: bytes) -> None:
-    """That the tensors in an entry are no larger than what is stored of them, and finite."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        _check_size(archive)
-    for tensor in _flat(th.load(io.BytesIO(content), map_location="cpu", weights_only=True)):
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UntrustedFileError(f"{name} holds a tensor that is larger than what is stored of it")
-        if tensor.is_floating_point() and not th.isfinite(tensor).all():
-            raise UntrustedFileError(f"{name} holds numbers that are NaN or infinite")
-
-
-def _flat(value: Any) -> Iterator[th.Tensor]:
-    if isinstance(value, th.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _flat(item)
-
-
-def _check_memory(attributes: dict[str, Any], entry: bytes) -> None:
+def _check_memory(attributes: dict[str, Any], stored: dict[str, th.Tensor], callers_policy: bool) -> None:
     """That the file is as large as the policy which it describes, and its rollouts no larger than they may be."""
     observation_space, action_space = attributes.get("observation_space"), attributes.get("action_space")
     if not isinstance(observation_space, spaces.Space) or not isinstance(action_space, spaces.Space):
         raise UntrustedFileError("it has no spaces of observations and actions")
-    n_numbers = spaces.flatdim(observation_space) + spaces.flatdim(action_space) + 8
+    n_numbers = math.prod(action_space.shape or ()) + 8
     policy_class = attributes["policy_class"]
     if _may_be_named(policy_class):  # else it is the caller's own
-        stored = th.load(io.BytesIO(entry), map_location="cpu", weights_only=True)
-        described = _without_memory(policy_class, observation_space, action_space, attributes, len(stored))
-        shapes = {name: tensor.shape for name, tensor in stored.items()}
-        if shapes != (expected := {name: tensor.shape for name, tensor in described.state_dict().items()}):
-            odd = min(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-            raise UntrustedFileError(f"policy.pth and what the file says of the policy differ in {odd}")
-        for lstm in (module for module in described.modules() if isinstance(module, th.nn.LSTM)):
-            n_numbers += 4 * lstm.num_layers * lstm.hidden_size
-    n_bytes = 4 * attributes.get("n_steps", 1) * attributes.get("n_envs", 1) * n_numbers
+        try:
+            described = _without_memory(policy_class, observation_space, action_space, attributes, len(stored))
+        except Exception:
+            if not callers_policy:  # whose modules may need memory to be built
+                raise
+        else:
+            _check_parameters(stored, _expected(described, attributes))
+            for lstm in (module for module in described.modules() if isinstance(module, th.nn.LSTM)):
+                n_numbers += 4 * lstm.num_layers * lstm.hidden_size
+    n_bytes = attributes.get("n_steps", 1) * attributes.get("n_envs", 1) * (_n_bytes(observation_space) + 4 * n_numbers)
     if n_bytes > 4 * MAX_BYTES:
         raise UntrustedFileError(f"its rollouts would take {n_bytes / 2**30:.0f} GiB")
+
+
+def _n_bytes(space: spaces.Space[Any]) -> int:
+    """Of an observation in a rollout."""
+    if isinstance(space, spaces.Dict):
+        return sum(map(_n_bytes, space.values()))
+    assert space.shape is not None
+    return math.prod(space.shape) * np.dtype(space.dtype).itemsize
 
 
 def _without_memory(
@@ -305,14 +370,16 @@ def _without_memory(
     observation_space: spaces.Space[Any],
     action_space: spaces.Space[Any],
     attributes: dict[str, Any],
-    max_layers: int,
+    n_stored: int,
 ) -> th.nn.Module:
-    """The policy that the attributes describe, without memory for its parameters."""
+    """The policy that the attributes describe, but for gSDE, without memory for its parameters."""
     kwargs = {**(attributes.get("policy_kwargs") or {}), "ortho_init": False}
-    if sum(1 for _ in _widths(kwargs.get("net_arch"))) > max_layers:
+    n_layers = sum(1 for _ in _widths(kwargs.get("net_arch"))) + kwargs.get("n_lstm_layers", 0)
+    if 2 * n_layers > n_stored:  # as each has two parameters at least
         raise UntrustedFileError("`policy_kwargs` names more layers than there are parameters")
-    if attributes.get("use_sde"):
-        kwargs["use_sde"] = True  # contrib's policies don't know the argument
+    for name in GSDE_ARGUMENTS:  # gSDE draws random numbers when it is set up
+        kwargs.pop(name, None)
+    kwargs.update(optimizer_class=th.optim.SGD, optimizer_kwargs={})  # one that needs no memory either
     # SB3's policies move some of their modules to this device, which would by default be the processor's.
     on_meta = type(policy_class.__name__, (policy_class,), {"device": th.device("meta")})
     with th.device("meta"):
@@ -321,24 +388,28 @@ def _without_memory(
     return policy
 
 
-def check_moments(optimizer: th.optim.Optimizer) -> None:
-    """
-    Check an optimiser that was loaded: torch doesn't.
-
-    :param optimizer: the optimiser
-    :raises UntrustedFileError: if its moments have other shapes than its parameters
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, th.Tensor) and value.shape not in (th.Size([]), th.Size([1]), parameter.shape):
-                raise UntrustedFileError(
-                    f"`{name}` of an optimiser must have shape {list(parameter.shape)}, not {list(value.shape)}"
-                )
-
-
 def _widths(value: Any) -> Iterator[int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        yield value
+    if not isinstance(value, bool) and isinstance(value, Integral):
+        yield int(value)
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _widths(item)
+
+
+def _expected(described: th.nn.Module, attributes: dict[str, Any]) -> dict[str, th.Tensor]:
+    """The parameters that the policy should have, without memory."""
+    expected: dict[str, th.Tensor] = described.state_dict()
+    if attributes.get("use_sde"):
+        full_std = (attributes.get("policy_kwargs") or {}).get("full_std", True)
+        n_actions, n_latent = expected["action_net.weight"].shape
+        expected["log_std"] = th.empty(n_latent, n_actions if full_std else 1, device="meta")
+    return expected
+
+
+def _check_parameters(stored: dict[str, th.Tensor], expected: dict[str, th.Tensor]) -> None:
+    told, told_expected = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} for tensors in (stored, expected)
+    )
+    if told != told_expected:
+        odd = min(name for name in {*told, *told_expected} if told.get(name) != told_expected.get(name))
+        raise UntrustedFileError(f"policy.pth and what the file says of the policy differ in {odd}")

@@ -1,4 +1,4 @@
-"""An update as a transaction: if something in it isn't finite, it is taken back as a whole."""
+"""An update as a transaction: if something in it isn't finite, or ends it, it is taken back as a whole."""
 
 import math
 from collections.abc import Callable
@@ -23,9 +23,10 @@ MAX_HALVINGS = 10
 
 class Transaction:
     """
-    Takes parameters and optimisers back to the start of an update if a :class:`NonFiniteError` is raised in it.
+    Takes parameters and optimisers back to the start of an update if anything is raised in it, such as a callback's error.
 
-    The error goes on to the caller where ``model.on_nonfinite`` is ``"raise"``; else ``undone`` says that there was one.
+    The error goes on to the caller, but for a :class:`NonFiniteError` where ``model.on_nonfinite`` isn't ``"raise"``: then
+    ``undone`` says that there was one.
 
     :param model: the algorithm at the start of an update
     """
@@ -45,12 +46,14 @@ class Transaction:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if error is None or not (isinstance(error, NonFiniteError) or is_torchs_refusal(error)):
+        if error is None:
             return False
         for snapshot in self._snapshots:
             snapshot.restore()
         self._model._n_updates = self._n_updates
         self.undone = True
+        if not (isinstance(error, NonFiniteError) or is_torchs_refusal(error)):
+            return False
         raises = self._raises or (self._several and is_torchs_refusal(error))  # which other ranks know nothing of
         if self._verbose >= 1 and not raises:
             print(f"Taking the update back: {error}")

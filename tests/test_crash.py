@@ -8,6 +8,8 @@ import pytest
 from benchmarks import crash
 from benchmarks.crash import main, measure, summarize
 
+pytestmark = pytest.mark.slow
+
 
 def test_killed_trainings_end_as_if_nothing_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crash, "KILLS_OF_A_RUN", 3)

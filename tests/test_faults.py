@@ -9,6 +9,8 @@ from benchmarks import faults
 from benchmarks.faults import KINDS, Fault, inject, main, measure
 from sb3_ppo_variants.engines import EagerEngine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_fault_reaches_the_parameters() -> None:

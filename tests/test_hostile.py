@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.hostile import ENGINES, Case, Random, Trainings, catalogue, judge
 
+pytestmark = pytest.mark.slow
+
 CASES = catalogue()
 TRIALS = [(name, engine) for name, (_, case) in CASES.items() for engine in (ENGINES if case.trains else ENGINES[:1])]
 

@@ -75,6 +75,18 @@ def test_logs_are_on_the_disk_without_checkpoints_too(tmp_path: Path) -> None:
     model.logger.close()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_several_of_them_save_and_leave_no_handler_behind(times: int, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    model = PPO("MlpPolicy", "CartPole-v1", **SETTINGS)
+    folders = [tmp_path / "often", tmp_path / "seldom"]
+    saving = [ResumableCheckpointCallback(folder, save_freq=100) for folder in folders]
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(80, callback=[CtrlC(at=20, times=times), *saving])
+    assert [len(in_order(folder)) for folder in folders] == ([1, 1] if times == 1 else [0, 0])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 SCRIPT = """
 import sys
 from stable_baselines3.common.env_util import make_vec_env

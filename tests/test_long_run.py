@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.long_run import main, summarize, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_summary_by_hand() -> None:
     """From update 10 on memory grows by 1 MiB an update; early are updates 10 to 19, late 90 to 99."""

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -155,6 +155,36 @@ def test_an_update_that_raises_is_taken_back(critic: dict[str, Any], engine: str
     with pytest.raises(NonFiniteError, match=place):
         model.learn(3 * ROLLOUT, callback=watch)
     assert_equal(state_of(model), watch.starts[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_whatever_ends_an_update_takes_it_back(mode: str, error: type[BaseException], engine: str) -> None:
+    def fail(model: PPO) -> None:
+        raise error("of a callback")
+
+    model, watch = make(engine=engine, on_nonfinite=mode), AtMinibatch(fail, update=2)
+    with pytest.raises(error, match="of a callback"):
+        model.learn(3 * ROLLOUT, callback=watch)
+    assert_equal(state_of(model), watch.starts[1])
+
+
+@pytest.fixture
+def _unchecked_distributions() -> Iterator[None]:
+    th.distributions.Distribution.set_default_validate_args(False)
+    yield
+    th.distributions.Distribution.set_default_validate_args(__debug__)
+
+
+@pytest.mark.usefixtures("_unchecked_distributions")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_sampling_refuses_is_named_where_distributions_do_not_check(engine: str) -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu", engine=engine)
+    with th.no_grad():
+        model.policy.action_net.bias.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="what the policy makes of finite observations isn't finite at step 0"):
+        model.learn(8)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

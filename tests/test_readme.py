@@ -12,6 +12,8 @@ from benchmarks.variants import VARIANTS
 from sb3_ppo_variants import PPO
 from tests.test_logs import OWN_KEYS, SB3_KEYS
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

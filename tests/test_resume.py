@@ -1,6 +1,11 @@
 """A training that is resumed ends with the bits of one that was never interrupted."""
 
+import contextlib
+import random
+import shutil
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +13,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_ppo_variants import (
     PPO,
@@ -23,6 +32,7 @@ from sb3_ppo_variants import (
     ResumableWrapper,
 )
 from sb3_ppo_variants.contrib import MaskablePPO, RecurrentPPO
+from sb3_ppo_variants.resume import read
 from tests.environments import RandomEnv
 from tests.test_contrib import MaskedEnv
 from tests.test_parity import assert_same_tensors
@@ -153,6 +163,72 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
     run(*KINDS["ppo"], tmp_path, callbacks)
 
 
+class Frozen(BaseCallback):
+    """Half of the policy is trained."""
+
+    def _on_training_start(self) -> None:
+        if self.num_timesteps == 0:
+            for parameter in self.model.policy.mlp_extractor.parameters():
+                parameter.requires_grad = False
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_parameters_that_are_frozen_stay_so(tmp_path: Path) -> None:
+    run(*KINDS["ppo"], tmp_path, lambda: [Frozen()])
+
+
+class RunningMeanBuffer(RolloutBuffer):
+    """Learns from rewards less their running mean."""
+
+    mean = 0.0
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * float(self.rewards.mean())
+        self.rewards -= self.mean
+        super().compute_returns_and_advantage(last_values, dones)
+
+
+def test_a_rollout_buffers_own_numbers_go_on(tmp_path: Path) -> None:
+    def make(env: VecEnv) -> PPO:
+        return PPO("MlpPolicy", env, rollout_buffer_class=RunningMeanBuffer, **SETTINGS)
+
+    run(make, KINDS["ppo"][1], tmp_path, lambda: [])
+
+
+class Drawing(BaseCallback):
+    """Changes what it keeps in place; draws from the model's spaces, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest: deque[float] = deque(maxlen=5)
+        self.generators = [np.random.default_rng(0), np.random.RandomState(0), random.Random(0)]
+
+    def _on_step(self) -> bool:
+        self.latest.append(float(self.locals["rewards"].mean() + self.num_timesteps % 7))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        drawn = sum(float(generator.normal()) for generator in self.generators[:2]) + self.generators[2].random()
+        self.logger.record("drawn/own", drawn + sum(self.latest))
+        self.logger.record("drawn/actions", [str(each.action_space.sample()) for each in (self.model, self.model.policy)])
+
+
+@pytest.mark.parametrize("kind", ["ppo", "adaptive"])
+def test_what_callbacks_change_in_place_goes_on(kind: str, tmp_path: Path) -> None:
+    run(*KINDS[kind], tmp_path, lambda: [Drawing()])
+
+
+def test_spaces_are_the_environments_own(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), device="cpu")
+    assert model.env is not None
+    for owner in (model, model.policy, model.rollout_buffer):
+        assert owner.action_space is model.env.action_space
+        assert owner.observation_space is model.env.observation_space
+
+
 def test_what_a_callback_loses_is_told_once(tmp_path: Path) -> None:
     class Keeps(BaseCallback):
         kept: Any = None
@@ -165,6 +241,61 @@ def test_what_a_callback_loses_is_told_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"`kept` of .*Keeps will be lost on resume: a object is no plain data") as told:
         model.learn(4 * 2 * N_STEPS, [Keeps(), ResumableCheckpointCallback(tmp_path)])
     assert len(told) == 1
+
+
+def test_objects_that_a_callback_changes_in_place_are_told_too(tmp_path: Path) -> None:
+    class Counts(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings, self.seen = Counter(), Counter()
+
+        def _on_step(self) -> bool:
+            self.seen.n += 1
+            return True
+
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    with pytest.warns(UserWarning, match=r"`seen` of .*Counts will be lost on resume: a Counter is no plain data") as told:
+        model.learn(4 * 2 * N_STEPS, [Counts(), ResumableCheckpointCallback(tmp_path)])
+    assert len(told) == 1
+
+
+class Counter:
+    n = 0
+
+
+def test_what_is_the_models_or_only_of_one_update_is_not_lost(tmp_path: Path) -> None:
+    class KnowsThePolicy(BaseCallback):
+        known: Any = None
+
+        def _on_training_start(self) -> None:
+            self.known = {"policy": self.model.policy, "buffer": self.model.rollout_buffer}
+
+        def _on_step(self) -> bool:
+            return True
+
+    callbacks = [KLEarlyStoppingCallback(0.01, per="epoch", restore=True), KnowsThePolicy()]
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    model.learn(3 * 2 * N_STEPS, [*callbacks, ResumableCheckpointCallback(tmp_path)])
+
+
+def test_environments_of_callbacks_that_cannot_be_captured_are_told_and_start_anew(tmp_path: Path) -> None:
+    def callbacks() -> list[BaseCallback]:
+        env = make_vec_env("CartPole-v1", 1, seed=1)
+        env.envs[0].unwrapped.lock = threading.Lock()  # type: ignore[attr-defined]
+        return [EvalCallback(env, eval_freq=12, n_eval_episodes=1, verbose=0), ResumableCheckpointCallback(tmp_path)]
+
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    with pytest.warns(UserWarning, match="the environments in `eval_env` of EvalCallback will start a new episode") as told:
+        model.learn(3 * 2 * N_STEPS, callbacks())
+    assert len(told) == 1
+    for each in tmp_path.glob("*_96_*"):
+        each.unlink()
+    again = callbacks()[:1]
+    eval_env: Any = again[0].eval_env  # type: ignore[attr-defined]
+    resets = []
+    eval_env.reset = lambda: resets.append(again[0].num_timesteps) or type(eval_env).reset(eval_env)
+    PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), again, device="cpu")
+    assert resets[0] == 2 * 2 * N_STEPS  # before training goes on
 
 
 @pytest.mark.filterwarnings("ignore:rich is experimental")
@@ -198,6 +329,108 @@ def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[bytes], bytes], t
     with pytest.warns(UserWarning, match=r"ppo_160_steps\.checkpoint is no checkpoint, .*; trying the one before"):
         model = PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), device="cpu")
     assert model.num_timesteps == 160
+
+
+def test_damage_that_shows_as_an_error_of_the_system_is_damage(tmp_path: Path) -> None:
+    """Such as a place in the file that is before its start."""
+    saved(tmp_path, keep=1)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    model = read(path).model
+    for position in range(len(whole) - 300, len(whole)):  # the zip file's directory
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x59]) + whole[position + 1 :])
+        with contextlib.suppress(DamagedCheckpointError):
+            assert read(path).model == model
+
+
+def test_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "ppo_999_steps.checkpoint").mkdir()
+    assert PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), device="cpu").num_timesteps == 160
+
+
+def test_a_folder_that_is_deleted_in_training_is_made_again(tmp_path: Path) -> None:
+    class Deletes(BaseCallback):
+        def _on_step(self) -> bool:
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+            return True
+
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    model.learn(2 * 2 * N_STEPS, [Deletes(), ResumableCheckpointCallback(tmp_path / "checkpoints")])
+    assert list((tmp_path / "checkpoints").iterdir())
+
+
+def test_an_environments_id_will_do(tmp_path: Path) -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", **SETTINGS)
+    model.learn(2 * N_STEPS, ResumableCheckpointCallback(tmp_path))
+    (tmp_path / f"ppo_{2 * N_STEPS}_steps.checkpoint").unlink()
+    resumed = PPO.resume(tmp_path, "CartPole-v1", device="cpu")
+    assert_same_tensors(resumed.policy.state_dict(), model.policy.state_dict())
+
+
+def test_variants_of_an_algorithm_go_on_with_each_others_checkpoints_and_no_others(tmp_path: Path) -> None:
+    saved(tmp_path)
+    assert PPOKL.resume(tmp_path, make_vec_env("CartPole-v1", 2), device="cpu").clip_range is not None
+    with pytest.raises(ValueError, match=r"`path` must have checkpoints of RecurrentPPO, not of PPO: use `PPO\.resume`"):
+        RecurrentPPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), device="cpu")
+
+
+def two_groups(model: PPO) -> None:
+    first, *others = model.policy.parameters()
+    model.policy.optimizer = th.optim.Adam([{"params": [first]}, {"params": others}], lr=1e-3)
+
+
+def another_class(model: PPO) -> None:
+    model.policy.optimizer = th.optim.SGD(model.policy.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("change", [two_groups, another_class])
+def test_an_optimiser_that_could_not_be_resumed_is_refused_before_training(
+    change: Callable[[PPO], None], tmp_path: Path
+) -> None:
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **SETTINGS)
+    change(model)
+    with pytest.raises(ValueError, match=r"`policy\.optimizer` must be built as ActorCriticPolicy builds it"):
+        model.learn(64, ResumableCheckpointCallback(tmp_path))
+    assert model.num_timesteps == 0
+
+
+class TwoGroups(ActorCriticPolicy):
+    """The critic learns faster."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        critic = list(self.value_net.parameters())
+        others = [parameter for parameter in self.parameters() if all(parameter is not each for each in critic)]
+        self.optimizer = th.optim.Adam([{"params": others}, {"params": critic}], lr=1e-3)
+
+
+def test_a_policy_that_builds_such_an_optimiser_itself_can_be_resumed(tmp_path: Path) -> None:
+    run(lambda env: PPO(TwoGroups, env, **SETTINGS), KINDS["ppo"][1], tmp_path, lambda: [])
+
+
+def test_tensorboard_goes_on_in_the_runs_own_folder_with_each_step_once(tmp_path: Path) -> None:
+    def make(folder: str) -> PPO:
+        return PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), tensorboard_log=str(tmp_path / folder), **SETTINGS)
+
+    rollout = 2 * N_STEPS
+    make("whole").learn(7 * rollout)
+    with pytest.raises(CrashError):
+        make("runs").learn(7 * rollout, [ResumableCheckpointCallback(tmp_path / "c", save_freq=3), Interrupt(5 * rollout + 2)])
+    make("runs").learn(rollout)  # meanwhile
+    PPO.resume(tmp_path / "c", make_vec_env("CartPole-v1", 2), device="cpu").logger.close()
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["PPO_1", "PPO_2"]
+    for key in ("train/loss", "train/kl_per_epoch", "rollout/ep_rew_mean"):
+        assert logged(tmp_path / "runs", key) == logged(tmp_path / "whole", key)
+
+
+def logged(folder: Path, key: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of the folder's first run. Files of one second aren't told apart by their names."""
+    for number, path in enumerate(sorted((folder / "PPO_1").iterdir(), key=lambda path: path.stat().st_mtime)):
+        path.rename(path.with_name(f"events.out.tfevents.{number}"))
+    events = EventAccumulator(str(folder / "PPO_1"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(key)]
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

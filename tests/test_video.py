@@ -7,6 +7,8 @@ from moviepy import VideoFileClip
 
 from benchmarks.compare import main
 
+pytestmark = pytest.mark.slow
+
 
 def flags(tmp_path: Path, *more: str) -> list[str]:
     shared = ["--env", "CartPole-v1", "--variants", "clip", "--seeds", "2", "--timesteps", "600", "--set", "n_steps=200"]

@@ -365,6 +365,8 @@ def test_without_the_zoo() -> None:
     script = """
 import sys
 import sb3_ppo_variants
+
+pytestmark = pytest.mark.slow
 assert not {"rl_zoo3", "optuna", "yaml"} & sys.modules.keys()
 sys.modules["rl_zoo3"] = None  # as if it weren't installed
 try:

@@ -4,9 +4,12 @@ What an update costs with many ranks: a model with few numbers, fitted to measur
 An update takes the time of its rollout, of the computation for its minibatches, and of the all-reduce behind each of them.
 Assumptions: every rank has a core, or a GPU, of its own; the gradient's parts go around in a ring (Patarasuk and Yuan 2009,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations"), of 2 (k - 1) messages of 1 / k of the bytes for k
-ranks; a message takes a latency, and its bytes by a bandwidth; no rank is slower than another, and nothing overlaps.
+ranks; a message takes a latency, and its bytes by a bandwidth; all wait for the slowest rank, whose rollout takes longer than
+the mean by the expected maximum of as many normal deviates, about sigma sqrt(2 ln k); nothing overlaps. The ring is gloo's;
+NCCL also knows trees, which need 2 log2 k messages.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +38,7 @@ class UpdateCost(NamedTuple):
     :param n_reductions: all-reduces of the gradient
     :param n_bytes: of a gradient
     :param n_others: other exchanges, of a few bytes: statistics of advantages and observations, KL, logs, checks
+    :param rollout_std: standard deviation of the rollout's seconds
     """
 
     rollout: float
@@ -42,6 +46,7 @@ class UpdateCost(NamedTuple):
     n_reductions: int
     n_bytes: int
     n_others: int = 0
+    rollout_std: float = 0.0
 
 
 def all_reduce_seconds(n_ranks: int, n_bytes: int, network: Network) -> float:
@@ -78,7 +83,8 @@ def update_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:
     :param cost: what each of them does
     :param network: what a message costs
     """
-    return cost.rollout + cost.compute + communication_seconds(n_ranks, cost, network)
+    waiting = cost.rollout_std * math.sqrt(2 * math.log(n_ranks))
+    return cost.rollout + waiting + cost.compute + communication_seconds(n_ranks, cost, network)
 
 
 def communication_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:

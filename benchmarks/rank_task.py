@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_ppo_variants import PPO, UpdateCallback, UpdateStats
+from sb3_ppo_variants import PPO, GradientNoiseScaleCallback, UpdateCallback, UpdateStats
 from sb3_ppo_variants.distributed import Ranks
 
 SIZES = tuple(2**exponent for exponent in range(8, 25, 2))
@@ -23,7 +23,11 @@ SIZES = tuple(2**exponent for exponent in range(8, 25, 2))
 
 
 class Watch(UpdateCallback):
-    """Seconds of each update, and what of it was rollout and communication; and the mean return after it."""
+    """
+    Seconds of each update, when it began, and what of it was rollout and communication; and what has come of it.
+
+    Exchanges are counted as collectives: those of objects are two, of sizes and of contents.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +36,7 @@ class Watch(UpdateCallback):
 
     def _on_rollout_start(self) -> None:
         self._start, self.communication, self.n_exchanges = time.perf_counter(), 0.0, 0
+        self._began = time.time()
 
     def _on_rollout_end(self) -> None:
         self._rollout = time.perf_counter() - self._start
@@ -40,7 +45,8 @@ class Watch(UpdateCallback):
         episodes: Any = self.model.ep_info_buffer or []
         row = {"seconds": time.perf_counter() - self._start, "rollout": self._rollout, "communication": self.communication}
         row |= {"timesteps": float(self.model.num_timesteps), "gradient_steps": float(self._steps)}
-        row["others"] = float(self.n_exchanges - self._steps)
+        row |= {"began": self._began, "others": float(self.n_exchanges - self._steps)}
+        row["noise_scale"] = float(self.model.logger.name_to_value.get("train/gradient_noise_scale", np.nan))
         self.rows.append({**row, "return": float(np.mean([episode["r"] for episode in episodes])) if episodes else np.nan})
 
     def _on_update_end(self, stats: UpdateStats) -> None:
@@ -49,8 +55,8 @@ class Watch(UpdateCallback):
 
 @contextmanager
 def timed_communication(watch: Watch) -> Iterator[None]:
-    """Adds up the time that this rank spends with, or waiting for, the others."""
-    together = Ranks._together
+    """Adds up the time that this rank spends with, or waiting for, the others, and counts collectives."""
+    together, gather, broadcast = Ranks._together, Ranks.gather, Ranks.broadcast
 
     @contextmanager
     def watched(ranks: Ranks) -> Iterator[None]:
@@ -60,18 +66,28 @@ def timed_communication(watch: Watch) -> Iterator[None]:
         watch.communication += time.perf_counter() - start
         watch.n_exchanges += 1
 
+    def counted(exchange: Any) -> Any:
+        def of_objects(ranks: Ranks, value: Any) -> Any:
+            watch.n_exchanges += int(ranks.several)
+            return exchange(ranks, value)
+
+        return of_objects
+
     Ranks._together = watched  # type: ignore[method-assign, assignment]
+    Ranks.gather, Ranks.broadcast = counted(gather), counted(broadcast)  # type: ignore[method-assign]
     try:
         yield
     finally:
         Ranks._together = together  # type: ignore[method-assign]
+        Ranks.gather, Ranks.broadcast = gather, broadcast  # type: ignore[method-assign]
 
 
 def train(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """
     Train on this rank.
 
-    :param settings: ``env``, ``n_envs``, ``normalize``, ``n_updates`` and ``arguments`` of PPO
+    :param settings: ``env``, ``n_envs``, ``normalize``, ``n_updates`` and ``arguments`` of PPO; ``noise_scale``, if that is to
+        be estimated
     :param seed: of everything
     :return: ``updates``, as :class:`Watch` has seen them, and ``n_bytes`` of a gradient
     """
@@ -82,7 +98,7 @@ def train(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     n_timesteps = settings["n_updates"] * settings["arguments"]["n_steps"] * settings["n_envs"] * Ranks.present().size
     watch = Watch()
     with timed_communication(watch):
-        model.learn(n_timesteps, watch)
+        model.learn(n_timesteps, [GradientNoiseScaleCallback(), watch] if settings.get("noise_scale") else watch)
     return {"updates": watch.rows, "n_bytes": 4 * sum(parameter.numel() for parameter in model.policy.parameters())}
 
 

@@ -22,8 +22,17 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from benchmarks.cost_model import Network, UpdateCost, communication_seconds, efficiency, fit_network, most_ranks
+from benchmarks.cost_model import (
+    Network,
+    UpdateCost,
+    all_reduce_seconds,
+    communication_seconds,
+    efficiency,
+    fit_network,
+    most_ranks,
+)
 from benchmarks.provenance import provenance
 from benchmarks.tables import markdown
 
@@ -51,6 +60,8 @@ NETWORKS = {
     "office, 1 Gb/s Ethernet": Network(latency=100e-6, bandwidth=1e9 / 8),
 }
 """Assumed, to be compared with the loopback that is measured: latency of a message through gloo, and bandwidth."""
+SHOWN_BYTES = (2**10, 2**16, 2**20)
+"""Sizes of the vectors whose all-reduces are told."""
 RANKS = (2, 8, 32, 128, 512, 1024)
 
 
@@ -88,11 +99,19 @@ def measure_speed(n_rounds: int) -> pd.DataFrame:
         for env, settings in TASKS.items():
             contenders = {"one rank": (1, 1), "two ranks": (2, 1), "two apart": (1, 2)}
             for who, (n_ranks, n_copies) in list(contenders.items())[:: 1 if turn % 2 == 0 else -1]:
-                for result in run(n_ranks, {"env": env, **settings}, turn, n_copies):
-                    for row in result["updates"][WARM_UP:]:
-                        rows.append({"env": env, "who": who, "turn": turn, "n_bytes": result["n_bytes"], **row})
+                results = run(n_ranks, {"env": env, **settings}, turn, n_copies)
+                for row in overlapping([result["updates"][WARM_UP:] for result in results]):
+                    rows.append({"env": env, "who": who, "turn": turn, "n_bytes": results[0]["n_bytes"], **row})
         print(f"round {turn + 1} of {n_rounds}: done", flush=True)
     return pd.DataFrame(rows)
+
+
+def overlapping(copies: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """The updates of all copies that lie in the time in which all of them were running."""
+    start = max(updates[0]["began"] for updates in copies)
+    end = min(updates[-1]["began"] + updates[-1]["seconds"] for updates in copies)
+    of_all = [update for updates in copies for update in updates]
+    return [update for update in of_all if update["began"] >= start and update["began"] + update["seconds"] <= end]
 
 
 def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -134,7 +153,9 @@ def costs(measurements: pd.DataFrame) -> dict[str, UpdateCost]:
     for env, group in measurements[measurements["who"] == "one rank"].groupby("env", sort=False):
         rollout, seconds = group["rollout"].median(), group["seconds"].median()
         steps, n_bytes = int(group["gradient_steps"].median()), int(group["n_bytes"].iloc[0])
-        found[str(env)] = UpdateCost(float(rollout), float(seconds - rollout), steps, n_bytes, int(others[env]))
+        found[str(env)] = UpdateCost(
+            float(rollout), float(seconds - rollout), steps, n_bytes, int(others[env]), float(group["rollout"].std())
+        )
     return found
 
 
@@ -165,6 +186,17 @@ def check_model(measurements: pd.DataFrame, found: dict[str, UpdateCost], networ
     return pd.DataFrame(rows, columns=["environment", "communication of an update, predicted", "measured, with waiting"])
 
 
+def check_ring(measured: dict[int, list[tuple[int, float]]], network: Network) -> pd.DataFrame:
+    """What the model says of more ranks than this machine has cores for, beside what was measured."""
+    rows = []
+    for n_ranks, reductions in measured.items():
+        for n_bytes, seconds in reductions:
+            if n_bytes in SHOWN_BYTES:
+                expected = all_reduce_seconds(n_ranks, n_bytes, network)
+                rows.append((n_ranks, f"{n_bytes / 2**10:.0f} KiB", f"{1e6 * expected:.0f} us", f"{1e6 * seconds:.0f} us"))
+    return pd.DataFrame(rows, columns=["ranks", "vector", "predicted", "measured"])
+
+
 def draw_prediction(found: dict[str, UpdateCost], networks: dict[str, Network], path: Path) -> None:
     """Efficiency over the number of ranks."""
     figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.4), sharey=True, layout="constrained", squeeze=False)
@@ -188,6 +220,7 @@ def measure_learning(n_seeds: int) -> pd.DataFrame:
         ranks = {**copy.deepcopy(TASKS[env]), "env": env, "n_updates": n_updates}
         alone = copy.deepcopy(ranks)
         alone["n_envs"] *= 2
+        alone["noise_scale"] = True
         alone["arguments"]["batch_size"] *= 2
         for seed in range(n_seeds):
             for who, n_ranks, settings in (("two ranks", 2, ranks), ("one process", 1, alone)):
@@ -205,6 +238,30 @@ def summarize_learning(measurements: pd.DataFrame) -> pd.DataFrame:
         returns = group["return"]
         rows.append((env, who, len(returns), f"{returns.mean():.0f}", f"{returns.std():.0f}", f"{returns.min():.0f}"))
     return pd.DataFrame(rows, columns=["environment", "who", "seeds", "mean return", "standard deviation", "lowest"])
+
+
+def compare_learning(measurements: pd.DataFrame) -> str:
+    """Differences of mean returns, seed by seed, with Student's interval."""
+    last = measurements.sort_values("timesteps").groupby(["env", "who", "seed"], sort=False)["return"].last().unstack("who")
+    told = []
+    for env, of_env in last.groupby("env", sort=False):
+        differences = (of_env["two ranks"] - of_env["one process"]).to_numpy()
+        interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95) if len(differences) > 1 else (np.nan, np.nan)
+        told.append(f"{env}: {differences.mean():.0f} (95 % interval {interval[0]:.0f} to {interval[1]:.0f})")
+    return "Mean return of two ranks less that of one process: " + "; ".join(told) + "."
+
+
+def tell_noise_scales(measurements: pd.DataFrame) -> str:
+    """Where larger minibatches, which more ranks make, stop being of use."""
+    told = []
+    for env, group in measurements[measurements["who"] == "one process"].groupby("env", sort=False):
+        late = group[group["timesteps"] > group["timesteps"].max() / 2]["noise_scale"].median()
+        batch_size = TASKS[str(env)]["arguments"]["batch_size"]
+        told.append(f"{env}: {late:.0f} samples, which {max(late / batch_size, 1):.0f} ranks of {batch_size} have together")
+    return (
+        "Gradient noise scale in the second half of training, beyond which larger minibatches are of little use (McCandlish et "
+        f"al. 2018): {'; '.join(told)}."
+    )
 
 
 def draw_learning(measurements: pd.DataFrame, path: Path) -> None:
@@ -231,24 +288,26 @@ def table_of(frame: pd.DataFrame) -> str:
 
 def report_speed(n_rounds: int, output: Path) -> list[str]:
     """Measure, write what was measured, and tell it."""
-    measurements, (reductions,) = measure_speed(n_rounds), run(2, None)
+    measurements = measure_speed(n_rounds)
+    reductions = {n_ranks: [(size, seconds) for size, seconds in run(n_ranks, None)[0]] for n_ranks in (2, 4, 8)}
     measurements.to_csv(output / "updates.csv", index=False)
-    pd.DataFrame(reductions, columns=["n_bytes", "seconds"]).to_csv(output / "all_reduce.csv", index=False)
-    sizes, seconds = zip(*reductions, strict=True)
+    rows = [(n_ranks, *reduction) for n_ranks, of_ranks in reductions.items() for reduction in of_ranks]
+    pd.DataFrame(rows, columns=["ranks", "n_bytes", "seconds"]).to_csv(output / "all_reduce.csv", index=False)
+    sizes, seconds = zip(*reductions[2], strict=True)
     loopback, found = fit_network(2, sizes, seconds), costs(measurements)
     networks = {"measured loopback": loopback, **NETWORKS}
     draw_prediction(found, networks, output / "efficiency.png")
     told = ", ".join(f"{name}: {1e6 * net.latency:.0f} us, {net.bandwidth / 1e9:.2g} GB/s" for name, net in networks.items())
     tables = [summarize_speed(measurements), check_model(measurements, found, loopback), predict(found, networks)]
-    summary, check, prediction = (
-        markdown([tuple(table.columns), *table.itertuples(index=False, name=None)]) for table in tables
-    )
+    summary, check, prediction, ring = map(table_of, [*tables, check_ring(reductions, loopback)])
     return [
         *("# Several ranks", summary),
         "Samples a second of all ranks together, medians of the rounds; shares are those of an update's time on rank 0. Two "
         "apart are two processes that don't know of each other: what this machine allows.",
         *("## The model", check),
         f"A message's latency and bandwidth: {told}. The first is fitted to all_reduce.csv, the others are assumptions.",
+        ring,
+        "The network is fitted to two ranks. More ranks than cores take turns on them, and so more time.",
         *("## Predicted efficiency", prediction, "![efficiency](efficiency.png)"),
     ]
 
@@ -258,8 +317,8 @@ def report_learning(n_seeds: int, output: Path) -> list[str]:
     measurements = measure_learning(n_seeds)
     measurements.drop(columns=["seconds", "rollout", "communication"]).to_csv(output / "returns.csv", index=False)
     draw_learning(measurements, output / "returns.png")
-    summary = summarize_learning(measurements)
-    return ["# What several ranks learn", table_of(summary), "![returns](returns.png)"]
+    summary, told = summarize_learning(measurements), tell_noise_scales(measurements)
+    return ["# What several ranks learn", table_of(summary), compare_learning(measurements), told, "![returns](returns.png)"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

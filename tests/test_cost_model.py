@@ -27,6 +27,13 @@ def test_small_exchanges_cost_their_messages() -> None:
     assert update_seconds(4, cost, NETWORK) == pytest.approx(5 * 6e-3)
 
 
+def test_all_wait_for_the_slowest() -> None:
+    """Of e^2 = 7.39 ranks, two standard deviations more than the mean: between those of 7 and of 8."""
+    cost = UpdateCost(rollout=1.0, compute=0.0, n_reductions=0, n_bytes=0, rollout_std=0.1)
+    assert update_seconds(1, cost, NETWORK) == pytest.approx(1.0)
+    assert update_seconds(7, cost, NETWORK) < 1.2 < update_seconds(8, cost, NETWORK)
+
+
 def test_most_ranks_is_where_efficiency_is_still_enough() -> None:
     cost = UpdateCost(rollout=0.5, compute=0.1, n_reductions=10, n_bytes=4000)
     most = most_ranks(0.5, cost, NETWORK)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.cost_model import UpdateCost
-from benchmarks.scaling import costs, main, summarize_learning, summarize_speed
+from benchmarks.scaling import compare_learning, costs, main, overlapping, summarize_learning, summarize_speed
 
 SMALL: dict[str, Any] = {
     "CartPole-v1": {
@@ -36,9 +36,24 @@ def test_speed_by_hand() -> None:
     assert summary["samples/s"] == ["384", "717", "768"]  # (512 + 256) / 2, (1,024 + 409.6) / 2, (1,024 + 512) / 2
     assert summary["times one rank's"] == ["1.00 (1.00 to 1.00)", "1.80 (1.60 to 2.00)", "2.00 (2.00 to 2.00)"]
     assert summary["communication, and waiting"] == ["0%", "20%", "0%"]
-    assert costs(measurements) == {
-        "CartPole-v1": UpdateCost(rollout=1.5, compute=1.5, n_reductions=40, n_bytes=400, n_others=9)
-    }
+    # The rollouts' standard deviation is that of 1 and 2.
+    expected = UpdateCost(rollout=1.5, compute=1.5, n_reductions=40, n_bytes=400, n_others=9, rollout_std=0.5**0.5)
+    assert costs(measurements)["CartPole-v1"] == pytest.approx(expected)
+
+
+def test_only_updates_beside_another_copys_count() -> None:
+    """One runs from 0 to 6, the other from 1 to 8."""
+    first = [{"began": float(began), "seconds": 2.0} for began in (0, 2, 4)]
+    second = [{"began": 1.0, "seconds": 3.0}, {"began": 4.0, "seconds": 4.0}]
+    assert overlapping([first, second]) == [first[1], first[2], second[0]]
+    assert overlapping([first]) == first
+
+
+def test_differences_are_those_of_each_seed() -> None:
+    """1 and 3: mean 2, standard error 1, Student's quantile of one degree of freedom 12.7."""
+    rows = [("two ranks", 0, 11.0), ("two ranks", 1, 23.0), ("one process", 0, 10.0), ("one process", 1, 20.0)]
+    measurements = pd.DataFrame(rows, columns=["who", "seed", "return"]).assign(env="a", timesteps=1)
+    assert compare_learning(measurements).endswith("a: 2 (95 % interval -11 to 15).")
 
 
 def test_learning_by_hand() -> None:

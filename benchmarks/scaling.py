@@ -259,8 +259,8 @@ def tell_noise_scales(measurements: pd.DataFrame) -> str:
         batch_size = TASKS[str(env)]["arguments"]["batch_size"]
         told.append(f"{env}: {late:.0f} samples, which {max(late / batch_size, 1):.0f} ranks of {batch_size} have together")
     return (
-        "Gradient noise scale in the second half of training, beyond which larger minibatches are of little use (McCandlish et "
-        f"al. 2018): {'; '.join(told)}."
+        "Gradient noise scale in the second half of training, beyond which larger minibatches are of little use (McCandlish "
+        f"et al. 2018): {'; '.join(told)}."
     )
 
 

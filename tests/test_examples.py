@@ -233,6 +233,16 @@ def test_rl_zoo_trains_the_variants_that_it_names(tmp_path: Path) -> None:
         assert [model.lr_schedule(remaining) for remaining in (1.0, 0.5)] == [0.001, 0.0005]
 
 
+def test_several_ranks_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
+    """Alone; that several ranks train one model, see `test_torchrun.py`."""
+    pytest.importorskip("mujoco")
+    script = load("several_ranks")
+    mean_return = script.main(timesteps=10 * 1024)
+    folder = tmp_path / "runs/several_ranks"
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", "model.zip", "vecnormalize.pkl"}
+    assert script.main(timesteps=10 * 1024) == mean_return  # there is nothing left to do
+
+
 def test_vector_environment_is_solved() -> None:
     assert load("vector_environment").main() >= 475
 

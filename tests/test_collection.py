@@ -607,10 +607,8 @@ def test_refuses_nan_where_sb3_does(action: str) -> None:
         model.set_env(env)
         with pytest.raises(ValueError, match="invalid values") as error:
             model.learn(4 * N_STEPS)
-        messages.append(
-            [str(error.value).removeprefix("the observation of environment 0 is nan in the rollout before update 2: ")]
-        )
-        messages[-1].append(model.num_timesteps)
+        culprit = "the observation of environment 0 is nan at step 7 of the rollout before update 2: "
+        messages.append([str(error.value).removeprefix(culprit), model.num_timesteps])
     assert messages[1] == messages[0]
 
 

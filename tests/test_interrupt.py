@@ -1,9 +1,11 @@
 """Ctrl-C in a training with checkpoints: it ends behind an update, with a checkpoint and flushed logs."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,14 @@ from sb3_ppo_variants import PPO, ResumableCheckpointCallback, UpdateCallback, U
 from sb3_ppo_variants.resume import in_order
 
 SETTINGS: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "seed": 0, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which has its jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class CtrlC(UpdateCallback):
@@ -88,6 +98,7 @@ def test_several_of_them_save_and_leave_no_handler_behind(times: int, tmp_path: 
 
 
 SCRIPT = """
+import signal
 import sys
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
@@ -95,6 +106,7 @@ from sb3_ppo_variants import PPO, ResumableCheckpointCallback
 from sb3_ppo_variants.env_state import ResumableWrapper
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     env = make_vec_env("CartPole-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=ResumableWrapper)
     model = PPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, device="cpu")
     print("training", flush=True)
@@ -113,11 +125,15 @@ def test_a_terminals_ctrl_c_reaches_environments_in_other_processes_too(tmp_path
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "checkpoints")], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "training\n"
-    time.sleep(1)
-    subprocess.run(["kill", "-INT", "--", f"-{process.pid}"], check=True)
-    output = process.communicate(timeout=60)[0]
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "training\n"
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0
     assert "left in order" in output
     assert len(in_order(tmp_path / "checkpoints")) == 1

@@ -21,7 +21,7 @@ from sb3_ppo_variants import PPO, PPOKL
 from tests.test_parity import assert_same_tensors
 
 # The Zoo is imported within tests only, as it changes gymnasium for the whole process.
-pytestmark = pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs the extra `zoo`")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs the extra `zoo`")]
 
 OBJECTIVES = {  # whether it clips, and its kl_coef
     "ppo": (True, 0.0),
@@ -365,8 +365,6 @@ def test_without_the_zoo() -> None:
     script = """
 import sys
 import sb3_ppo_variants
-
-pytestmark = pytest.mark.slow
 assert not {"rl_zoo3", "optuna", "yaml"} & sys.modules.keys()
 sys.modules["rl_zoo3"] = None  # as if it weren't installed
 try:

@@ -10,6 +10,7 @@ from benchmarks import scaling
 from benchmarks.cost_model import UpdateCost
 from benchmarks.scaling import compare_learning, costs, main, overlapping, summarize_learning, summarize_speed
 
+pytestmark = pytest.mark.slow
 SMALL: dict[str, Any] = {
     "CartPole-v1": {
         "n_envs": 2,

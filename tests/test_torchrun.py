@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_variants import PPOKL
 
+pytestmark = pytest.mark.slow
 RANK_1_IS_LOST = "rank 1 has died, or not come so far in time, as rank 0 sees it"
 SCRIPT = Path(__file__).parent / "torchrun_script.py"
 LIMIT = 120

@@ -173,7 +173,10 @@ def _environment(env: VecEnv) -> str:
 def _in_words(value: Any) -> str:
     """Functions by some of their values, as they have no other names."""
     if callable(value) and not isinstance(value, type):
-        return "a schedule with " + ", ".join(f"{value(progress)} at {progress}" for progress in (1.0, 0.5, 0.0))
+        try:
+            return "a schedule with " + ", ".join(f"{value(progress)} at {progress}" for progress in (1.0, 0.5))
+        except Exception:
+            return "a function"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_in_words, value))})"
     if isinstance(value, Mapping):

@@ -314,7 +314,7 @@ class PPOBase(OnPolicyAlgorithm):
             draw_apart(ranks, self.env)
         elif self.seed is not None and self._rank_of_seeds != ranks.rank:  # the group was made behind the model
             self.set_random_seed(self.seed)
-        self._statistics = SharedStatistics(self)
+        self._statistics, self._episodes = SharedStatistics(self), Episodes()
         self._statistics.take_firsts(ranks)
         parameters = ranks.broadcast(to_bytes(self.get_parameters()) if ranks.is_first else None)
         if not ranks.is_first:

@@ -416,8 +416,8 @@ class TrustRegionLoggingCallback(UpdateCallback):
     """
     Shows in TensorBoard how the policy moves within its trust region.
 
-    - Histograms of the ratio pi_new(a|s) / pi_old(a|s) and of the exact KL by state, over the whole rollout, after the
-      update: ``trust_region/ratio`` and ``trust_region/kl``;
+    - Histograms of the ratio pi_new(a|s) / pi_old(a|s) and of the exact KL by state, over the whole rollout (of rank 0, where
+      several ranks train), after the update: ``trust_region/ratio`` and ``trust_region/kl``;
     - a layout for the Custom Scalars tab, with the categories "trust region", "losses" and "return";
     - hyperparameters, with return and KL as metrics, for the HParams tab.
 

@@ -593,8 +593,7 @@ DIFFERENCES = {
     "env": "`env`'s observation space must be the same on all ranks, not Box",
     "n_envs": "the number of environments in `env` must be the same on all ranks, not 2 on rank 0, 3 on rank 1",
     "n_steps": "`n_steps` must be the same on all ranks, not 32 on rank 0, 64 on rank 1",
-    "schedule": "`learning_rate` must be the same on all ranks, not a schedule with 1.0 at 1.0, "
-    "0.5 at 0.5, 0.0 at 0.0 on rank 0",
+    "schedule": "`learning_rate` must be the same on all ranks, not a schedule with 1.0 at 1.0, 0.5 at 0.5 on rank 0",
     "policy": "`policy_kwargs` must be the same on all ranks, not {net_arch: (8)} on rank 0, {net_arch: (9)} on rank 1",
     "activation": "`policy_kwargs` must be the same on all ranks, not {activation_fn: Tanh} on rank 0, {activation_fn: ReLU}",
     "callback": "`callback` must be the same on all ranks, not none on rank 0, KLEarlyStoppingCallback on rank 1",

@@ -230,6 +230,7 @@ def strip_times(folder: Path) -> dict[str, Any]:
     return {name: [content["job"], content["episodes"], content["updates"]] for name, content in contents.items()}
 
 
+@pytest.mark.slow
 def test_goes_on_after_kill_9(tmp_path: Path) -> None:
     """Of the command alone, in the middle of a grid; the results are those of a grid that wasn't interrupted."""
     content = {**GRID, "envs": {"CartPole-v1": {"timesteps": 20_000}}, "variants": ["clip", "none"], "seeds": 4}
@@ -593,6 +594,7 @@ def test_an_unknown_key_of_a_claim_is_an_error() -> None:
         make_grid({"envs": ["CartPole-v1"], "variants": ["clip"], "claims": [{"measures": 3}]}, "test")
 
 
+@pytest.mark.slow
 def test_runs_on_a_ray_cluster(tmp_path: Path, output: Path) -> None:
     """A real one, on this machine."""
     flags = [

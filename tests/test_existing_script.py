@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch as th
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from tests.test_parity import assert_same_tensors
 
+pytestmark = pytest.mark.slow
 SCRIPT = """
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (

@@ -559,6 +559,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.filterwarnings("ignore:kl_coef is saturated")
 def test_solves_cartpole(variant: str) -> None:
@@ -570,6 +571,7 @@ def test_solves_cartpole(variant: str) -> None:
     assert mean_return >= 475
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.filterwarnings("ignore:kl_coef is saturated")
 def test_improves_on_pendulum(variant: str) -> None:

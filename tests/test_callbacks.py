@@ -33,6 +33,7 @@ from sb3_ppo_variants import (
     UpdateStats,
 )
 from sb3_ppo_variants.critic import critic_parameters
+from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.kl import k1, k2, k3
 from tests.environments import RandomEnv
 from tests.test_parity import assert_same_tensors
@@ -610,7 +611,7 @@ def test_gradient_noise_scale_of_known_gradients() -> None:
             recorded[key] = value
 
     class Model:
-        policy, logger, max_grad_norm = Policy, Logger, 0.5
+        policy, logger, max_grad_norm, _ranks = Policy, Logger, 0.5, Ranks()
 
     Model._minibatch_size = batch_size  # type: ignore[attr-defined]
     callback.model = Model  # type: ignore[assignment]

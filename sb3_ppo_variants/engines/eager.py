@@ -21,6 +21,11 @@ class EagerEngine(Engine):
     _loss: th.Tensor
     _differentiated: list[th.nn.Parameter] | None
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self._coefs.critic_apart:
+            self._critic_parameters  # noqa: B018  # while the policy, which tells them, can still be evaluated
+
     @classmethod
     def taking_over(cls, engine: Engine) -> "EagerEngine":
         """

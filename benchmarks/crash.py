@@ -25,7 +25,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import write_with_origin
 from benchmarks.tables import markdown
 from sb3_ppo_variants import PPO, PPOKL, GymnasiumVecEnv, ResumableCheckpointCallback
 from sb3_ppo_variants.env_state import ResumableWrapper
@@ -281,10 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Lost: trainings that have ended with other parameters, optimiser's state, statistics, observations or random states "
         "than one that was never killed. In a write: a half-written checkpoint was left behind."
     )
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    (options.output / "report.md").write_text(
-        "\n\n".join(["# Killed trainings", table, footnote, origin]) + "\n", encoding="utf-8"
-    )
+    write_with_origin(["# Killed trainings", table, footnote], options.output)
     print(f"\n{table}")
     if summary["lost"].iloc[-1]:
         sys.exit(1)

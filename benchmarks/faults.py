@@ -24,7 +24,7 @@ import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.hostile import ENGINES, N_ENVS, N_STEPS, Random, Trainings
-from benchmarks.provenance import provenance
+from benchmarks.provenance import write_with_origin
 from benchmarks.tables import markdown
 from sb3_ppo_variants import PPO, NonFiniteError, UpdateCallback, UpdateStats, algorithm
 
@@ -244,8 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"An update with SB3's defaults on Pendulum-v1 takes {middle:+.1%} of its time longer with the checks than without "
         f"them (median of {len(ratios)} rounds; quartiles {low:+.1%} and {high:+.1%})."
     )
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    (options.output / "report.md").write_text("\n\n".join(["# Injected faults", text, price, origin]) + "\n", encoding="utf-8")
+    write_with_origin(["# Injected faults", text, price], options.output)
     print(f"\n{text}\n\n{price}")
     if table[-1][-1] != "0":
         sys.exit(1)

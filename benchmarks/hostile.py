@@ -27,7 +27,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import write_with_origin
 from benchmarks.tables import markdown
 from sb3_ppo_variants import (
     PPO,
@@ -674,8 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n_wrong = int((own["wrong"] != "").sum())
         counts.append((str(area), str(own["input"].nunique()), str(len(own)), str(n_wrong)))
     text = markdown([("area", "inputs", "tried (with each engine where it trains)", "not refused as they should be"), *counts])
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    (options.output / "report.md").write_text("\n\n".join(["# Bad input", text, origin]) + "\n", encoding="utf-8")
+    write_with_origin(["# Bad input", text], options.output)
     print(f"\n{text}")
     if counts[-1][-1] != "0":
         sys.exit(1)

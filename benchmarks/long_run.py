@@ -21,7 +21,7 @@ import torch as th
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import write_with_origin
 from benchmarks.tables import markdown
 from sb3_ppo_variants import PPO, ResumableCheckpointCallback, TrustRegionLoggingCallback, UpdateCallback, UpdateStats
 
@@ -132,8 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Medians (of threads and files the largest) of the second tenth of the updates, and of the last. Growth: slope of a "
         "line through the memory of all updates but the first tenth."
     )
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    (options.output / "report.md").write_text("\n\n".join(["# Long runs", text, footnote, origin]) + "\n", encoding="utf-8")
+    write_with_origin(["# Long runs", text, footnote], options.output)
     print(f"\n{text}")
 
 

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,17 @@ def provenance() -> dict[str, str]:
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def write_with_origin(parts: Sequence[str], folder: Path) -> None:
+    """
+    Write a short report, which ends with where its results come from, as ``report.md``.
+
+    :param parts: its paragraphs and tables, in Markdown
+    :param folder: where to write it
+    """
+    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
+    (folder / "report.md").write_text("\n\n".join([*parts, origin]) + "\n", encoding="utf-8")
 
 
 def machine() -> str:

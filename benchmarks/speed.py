@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_ppo_variants
 from benchmarks.figures import draw_speed
-from benchmarks.provenance import provenance
+from benchmarks.provenance import write_with_origin
 from benchmarks.tables import markdown
 
 N_ROLLOUT = 2048
@@ -350,11 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_speed(measurements, options.output / "speed.png")
     (options.output / "profile.txt").write_text(profile(), encoding="utf-8")
     table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
-    text = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
     footnote = "Cells are medians of the rounds; ratios are medians of the rounds' ratios, with the smallest and the largest."
     share = environment_share(measurements) if "whole" in options.parts else ""
-    report = ["# Speed", "![Ratios](speed.png)", table, footnote, share, text]
-    (options.output / "report.md").write_text("\n\n".join(filter(None, report)) + "\n", encoding="utf-8")
+    parts = ["# Speed", "![Ratios](speed.png)", table, footnote, share]
+    write_with_origin(list(filter(None, parts)), options.output)
     print(f"\n{table}\n\n{share}")
 
 

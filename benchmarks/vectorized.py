@@ -29,7 +29,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_ppo_variants
-from benchmarks.provenance import provenance
+from benchmarks.provenance import write_with_origin
 from benchmarks.speed import timed
 from benchmarks.tables import markdown
 from sb3_ppo_variants import GymnasiumVecEnv
@@ -272,9 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "would stay there. That is looked at before the first update and after each; the look isn't counted. Who has not got "
         "there within its budget has taken infinitely long; rounds in which nor has the first are left out of its ratios."
     )
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    report = ["# Vectorised environments", table, footnote, origin]
-    (options.output / "report.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
+    write_with_origin(["# Vectorised environments", table, footnote], options.output)
     print(f"\n{table}")
 
 

@@ -26,7 +26,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 from benchmarks.provenance import write_with_origin
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_of
 from sb3_ppo_variants import PPO, PPOKL, GymnasiumVecEnv, ResumableCheckpointCallback
 from sb3_ppo_variants.env_state import ResumableWrapper
 from sb3_ppo_variants.resume import SUFFIX, in_order
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(options.kills, options.scenarios, options.seed)
     rows.to_csv(options.output / "kills.csv", index=False)
     summary = summarize(rows)
-    table = markdown([tuple(summary.columns), *summary.astype(str).itertuples(index=False, name=None)])
+    table = markdown_of(summary)
     footnote = (
         "Lost: trainings that have ended with other parameters, optimiser's state, statistics, observations or random states "
         "than one that was never killed. In a write: a half-written checkpoint was left behind."

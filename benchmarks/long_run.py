@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.provenance import write_with_origin
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_of
 from sb3_ppo_variants import PPO, ResumableCheckpointCallback, TrustRegionLoggingCallback, UpdateCallback, UpdateStats
 
 ENGINES = ("fused", "eager")
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = [sys.executable, "-m", "benchmarks.long_run", "--engine", engine]
         subprocess.run([*command, "--updates", str(options.updates), "--output", str(options.output)], check=True)
         table.append({"engine": engine, **summarize(pd.read_csv(options.output / f"{engine}.csv"))})
-    text = markdown([tuple(table[0]), *(tuple(row.values()) for row in table)])
+    text = markdown_of(pd.DataFrame(table))
     footnote = (
         "Medians (of threads and files the largest) of the second tenth of the updates, and of the last. Growth: slope of a "
         "line through the memory of all updates but the first tenth."

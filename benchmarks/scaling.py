@@ -33,8 +33,8 @@ from benchmarks.cost_model import (
     fit_network,
     most_ranks,
 )
-from benchmarks.provenance import provenance
-from benchmarks.tables import markdown
+from benchmarks.provenance import write_with_origin
+from benchmarks.tables import markdown_of
 
 WARM_UP = 2
 """Updates that aren't counted."""
@@ -119,7 +119,8 @@ def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
     One row an environment and contender.
 
     :param measurements: as :func:`measure_speed` returns them
-    :return: samples a second of all its ranks or copies, as a ratio to one rank's, round by round, and shares of an update
+    :return: samples a second of all its ranks or copies, as a ratio to one rank's, round by round, and shares of an update;
+        copies of which no updates overlapped have no row
     """
     rows = []
     for env, of_env in measurements.groupby("env", sort=False):
@@ -129,7 +130,7 @@ def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
         for who, group in of_env.groupby("who"):
             factor = 1 if who == "one rank" else 2
             speeds[who] = factor * samples / group.groupby("turn")["seconds"].mean()
-        for who in ("one rank", "two ranks", "two apart"):
+        for who in filter(speeds.__contains__, ("one rank", "two ranks", "two apart")):
             group = of_env[of_env["who"] == who]
             ratios, shares = (
                 speeds[who] / speeds["one rank"],
@@ -281,11 +282,6 @@ def draw_learning(measurements: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-def table_of(frame: pd.DataFrame) -> str:
-    """In Markdown."""
-    return markdown([tuple(frame.columns), *frame.astype(str).itertuples(index=False, name=None)])
-
-
 def report_speed(n_rounds: int, output: Path) -> list[str]:
     """Measure, write what was measured, and tell it."""
     measurements = measure_speed(n_rounds)
@@ -299,7 +295,7 @@ def report_speed(n_rounds: int, output: Path) -> list[str]:
     draw_prediction(found, networks, output / "efficiency.png")
     told = ", ".join(f"{name}: {1e6 * net.latency:.0f} us, {net.bandwidth / 1e9:.2g} GB/s" for name, net in networks.items())
     tables = [summarize_speed(measurements), check_model(measurements, found, loopback), predict(found, networks)]
-    summary, check, prediction, ring = map(table_of, [*tables, check_ring(reductions, loopback)])
+    summary, check, prediction, ring = map(markdown_of, [*tables, check_ring(reductions, loopback)])
     return [
         *("# Several ranks", summary),
         "Samples a second of all ranks together, medians of the rounds; shares are those of an update's time on rank 0. Two "
@@ -317,8 +313,8 @@ def report_learning(n_seeds: int, output: Path) -> list[str]:
     measurements = measure_learning(n_seeds)
     measurements.drop(columns=["seconds", "rollout", "communication"]).to_csv(output / "returns.csv", index=False)
     draw_learning(measurements, output / "returns.png")
-    summary, told = summarize_learning(measurements), tell_noise_scales(measurements)
-    return ["# What several ranks learn", table_of(summary), compare_learning(measurements), told, "![returns](returns.png)"]
+    table, told = markdown_of(summarize_learning(measurements)), tell_noise_scales(measurements)
+    return ["# What several ranks learn", table, compare_learning(measurements), told, "![returns](returns.png)"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -337,10 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matplotlib.use("Agg")
     options.output.mkdir(parents=True, exist_ok=True)
     parts = (report_learning if options.learning else report_speed)(options.rounds, options.output)
-    origin = "\n".join(f"- {key}: {value}" for key, value in provenance().items())
-    text = "\n\n".join([*parts, origin]) + "\n"
-    (options.output / "report.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_with_origin(parts, options.output)
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_ppo_variants
 from benchmarks.figures import draw_speed
 from benchmarks.provenance import write_with_origin
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_of
 
 N_ROLLOUT = 2048
 """Samples a rollout, whatever the number of environments."""
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary.to_csv(options.output / "summary.csv", index=False)
     draw_speed(measurements, options.output / "speed.png")
     (options.output / "profile.txt").write_text(profile(), encoding="utf-8")
-    table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
+    table = markdown_of(summary)
     footnote = "Cells are medians of the rounds; ratios are medians of the rounds' ratios, with the smallest and the largest."
     share = environment_share(measurements) if "whole" in options.parts else ""
     parts = ["# Speed", "![Ratios](speed.png)", table, footnote, share]

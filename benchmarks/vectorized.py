@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_ppo_variants
 from benchmarks.provenance import write_with_origin
 from benchmarks.speed import timed
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_of
 from sb3_ppo_variants import GymnasiumVecEnv
 from sb3_ppo_variants.vec_env import resets_in_next_step
 
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measurements.to_csv(options.output / "measurements.csv", index=False)
     summary = summarize(measurements)
     summary.to_csv(options.output / "summary.csv", index=False)
-    table = markdown([tuple(summary.columns), *summary.itertuples(index=False, name=None)])
+    table = markdown_of(summary)
     footnote = (
         f"Medians of the rounds. Speeds are of at least {SECONDS:g} s, after a warm-up. How many times as fast as the first "
         "of each measure: the median of the rounds' ratios, with the smallest and the largest. Solved: the mean return of the "

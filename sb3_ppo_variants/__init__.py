@@ -9,9 +9,10 @@ from sb3_ppo_variants.callbacks import (
     TrustRegionLoggingCallback,
     UpdateCallback,
 )
-from sb3_ppo_variants.distributed import LostRankError, is_first_rank
+from sb3_ppo_variants.distributed import is_first_rank
 from sb3_ppo_variants.env_state import ResumableWrapper
 from sb3_ppo_variants.kl_coef import KLCoefController
+from sb3_ppo_variants.meeting import LostRankError
 from sb3_ppo_variants.nonfinite import NonFiniteError
 from sb3_ppo_variants.policies import ZeroHeadsPolicy
 from sb3_ppo_variants.ppo import PPO, PPOKL

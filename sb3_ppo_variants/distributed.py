@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_variants.meeting import LostRankError, make_group
+
 T = TypeVar("T", bound=SupportsFloat)
 
 TIMEOUT = "SB3_PPO_VARIANTS_TIMEOUT"
@@ -25,10 +28,6 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets, and what starts processes in its place."""
 GRACE = 5.0
 """Seconds in which ranks that live on say so when another one is missing."""
-
-
-class LostRankError(RuntimeError):
-    """Other ranks have died, or don't answer; the message names them."""
 
 
 class Ranks:
@@ -46,6 +45,7 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._cpu_group: dist.ProcessGroup | None = None
+        self._name = ""
         self._place = 0
 
     @classmethod
@@ -78,8 +78,9 @@ class Ranks:
         if not self.several:
             return
         if not dist.is_initialized():
-            dist.init_process_group(timeout=_timeout())
+            make_group(_timeout())
         self._cpu_group = _group_on_cpu()
+        self._name = self.broadcast(uuid.uuid4().hex)
 
     def average(self, tensor: th.Tensor) -> None:
         """Replace a tensor by its mean over the ranks, in place; for all to call, with the same shape."""
@@ -146,7 +147,7 @@ class Ranks:
         if self.several:
             self._place += 1
             with self._together():
-                _store().set(f"place/{self.rank}", str(self._place))
+                self._store().set(f"place/{self.rank}", str(self._place))
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -172,7 +173,7 @@ class Ranks:
 
     def _missing(self) -> list[int]:
         """Those that don't say that they live; if some have been left behind, these, as others may just wait for them."""
-        store = _store()
+        store = self._store()
         store.set(f"alive/{self.rank}", "")
         missing = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + GRACE
@@ -181,6 +182,12 @@ class Ranks:
             time.sleep(0.05)
         places = {rank: int(store.get(f"place/{rank}")) if store.check([f"place/{rank}"]) else 0 for rank in missing}
         return [rank for rank in missing if places[rank] < self._place] or missing
+
+    def _store(self) -> Any:
+        """What ranks can read and write while another one is missing; not what others have left in it, see ``meeting``."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # which not all builds of torch have
+
+        return PrefixStore(f"sb3_ppo_variants/{self._name}", dist.distributed_c10d._get_default_store())
 
 
 ALONE = Ranks()
@@ -257,10 +264,3 @@ def written_by_all(path: str | Path, ranks: Ranks) -> Iterator[Path]:
         own.replace(path)
     finally:
         own.unlink(missing_ok=True)
-
-
-def _store() -> Any:
-    """What ranks can read and write while another one is missing."""
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # which not all builds of torch have
-
-    return PrefixStore("sb3_ppo_variants", dist.distributed_c10d._get_default_store())

@@ -35,8 +35,9 @@ def test_neither_threads_nor_files_are_left_open(engine: str, tmp_path: Path) ->
     subprocess.run(command, check=True)
     rows = pd.read_csv(tmp_path / f"{engine}.csv")
     assert len(rows) == 30
-    assert rows["threads"].iloc[-1] == rows["threads"].iloc[10]
-    assert rows["files"].iloc[-1] == rows["files"].iloc[10]
+    assert rows["threads"].iloc[10:].nunique() == 1
+    # TensorBoard opens its file for each write, in a thread of its own.
+    assert rows["files"].iloc[-10:].min() == rows["files"].iloc[10:20].min()
 
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
     os.environ["SB3_PPO_VARIANTS_TIMEOUT"] = str(options.timeout)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        time.sleep(2)  # the address of the rank that was killed is still in torchrun's store, for rank 0 to find
     th.set_num_threads(1)
 
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2))

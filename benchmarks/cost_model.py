@@ -5,16 +5,16 @@ An update takes the time of its rollout, of the computation for its minibatches,
 Assumptions: every rank has a core, or a GPU, of its own; the gradient's parts go around in a ring (Patarasuk and Yuan 2009,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations"), of 2 (k - 1) messages of 1 / k of the bytes for k
 ranks; a message takes a latency, and its bytes by a bandwidth; all wait for the slowest rank, whose rollout takes longer than
-the mean by the expected maximum of as many normal deviates, about sigma sqrt(2 ln k); nothing overlaps. The ring is gloo's;
-NCCL also knows trees, which need 2 log2 k messages.
+the mean by the expected maximum of as many normal deviates, and so does each of its minibatches; nothing overlaps. The ring is
+gloo's; NCCL also knows trees, which need 2 log2 k messages.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
+from scipy.stats import norm
 
 
 class Network(NamedTuple):
@@ -39,6 +39,7 @@ class UpdateCost(NamedTuple):
     :param n_bytes: of a gradient
     :param n_others: other exchanges, of a few bytes: statistics of advantages and observations, KL, logs, checks
     :param rollout_std: standard deviation of the rollout's seconds
+    :param step_std: standard deviation of the seconds that a rank takes from one all-reduce of the gradient to the next
     """
 
     rollout: float
@@ -47,6 +48,7 @@ class UpdateCost(NamedTuple):
     n_bytes: int
     n_others: int = 0
     rollout_std: float = 0.0
+    step_std: float = 0.0
 
 
 def all_reduce_seconds(n_ranks: int, n_bytes: int, network: Network) -> float:
@@ -83,8 +85,41 @@ def update_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:
     :param cost: what each of them does
     :param network: what a message costs
     """
-    waiting = cost.rollout_std * math.sqrt(2 * math.log(n_ranks))
-    return cost.rollout + waiting + cost.compute + communication_seconds(n_ranks, cost, network)
+    waiting = waiting_seconds(n_ranks, cost)
+    return cost.rollout + cost.compute + waiting + communication_seconds(n_ranks, cost, network)
+
+
+def waiting_seconds(n_ranks: int, cost: UpdateCost) -> float:
+    """
+    What of it a rank waits, on average, for the slowest.
+
+    :param n_ranks: k
+    :param cost: what each of them does
+    """
+    return slowest(n_ranks) * (cost.rollout_std + cost.n_reductions * cost.step_std)
+
+
+def slowest(n_ranks: int) -> float:
+    """
+    The expected maximum of as many standard normal deviates (Blom 1958, "Statistical estimates and transformed
+    beta-variables").
+
+    :param n_ranks: how many
+    """
+    return float(norm.ppf((n_ranks - 0.375) / (n_ranks + 0.25)))
+
+
+def with_waiting(cost: UpdateCost, network: Network, n_ranks: int, measured: float) -> UpdateCost:
+    """
+    The cost whose ``step_std`` explains what ranks have been seen to wait.
+
+    :param cost: what each rank does
+    :param network: what a message costs
+    :param n_ranks: that have been measured
+    :param measured: seconds of an update that each of them has communicated or waited, on average
+    """
+    explained = communication_seconds(n_ranks, cost, network) + waiting_seconds(n_ranks, cost._replace(step_std=0.0))
+    return cost._replace(step_std=max(0.0, measured - explained) / slowest(n_ranks) / cost.n_reductions)
 
 
 def communication_seconds(n_ranks: int, cost: UpdateCost, network: Network) -> float:

@@ -30,19 +30,32 @@ N_STEPS, N_ENVS = 128, 4
 
 
 class Watch(UpdateCallback):
-    """What each update finds: seconds since the one before, resident memory in MiB, threads, open files."""
+    """
+    What each update finds: seconds since the one before, and of a piece of work that is always the same; resident memory in
+    MiB, threads, open files.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: list[tuple[float, float, int, int]] = []
+        self.rows: list[tuple[float, float, float, int, int]] = []
 
     def _on_training_start(self) -> None:
         self._since = time.perf_counter()
 
     def _on_update_end(self, stats: UpdateStats) -> None:
-        now = time.perf_counter()
-        self.rows.append((now - self._since, memory(), threading.active_count(), len(os.listdir("/proc/self/fd"))))
-        self._since = now
+        seconds = time.perf_counter() - self._since
+        files = len(os.listdir("/proc/self/fd"))
+        self.rows.append((seconds, yardstick(), memory(), threading.active_count(), files))
+        self._since = time.perf_counter()
+
+
+def yardstick() -> float:
+    """Seconds that a piece of work takes which is always the same: how fast the machine is just now."""
+    start = time.perf_counter()
+    vector = th.ones(64)
+    for _ in range(1000):
+        vector = th.tanh(vector)
+    return time.perf_counter() - start
 
 
 def memory() -> float:
@@ -81,7 +94,7 @@ def train(engine: str, n_updates: int, folder: Path) -> pd.DataFrame:
     ]
     model.learn(n_updates * rollout, callback=callbacks)
     model.logger.close()
-    return pd.DataFrame(watch.rows, columns=["seconds", "memory", "threads", "files"])
+    return pd.DataFrame(watch.rows, columns=["seconds", "yardstick", "memory", "threads", "files"])
 
 
 def summarize(rows: pd.DataFrame) -> dict[str, str]:
@@ -92,6 +105,7 @@ def summarize(rows: pd.DataFrame) -> dict[str, str]:
     """
     tenth = len(rows) // 10
     early, late = rows.iloc[tenth : 2 * tenth], rows.iloc[-tenth:]
+    pace = (late["seconds"] / late["yardstick"]).median() / (early["seconds"] / early["yardstick"]).median()
     growth = np.polyfit(np.arange(len(rows) - tenth), rows["memory"].iloc[tenth:], 1)[0]
     return {
         "updates": str(len(rows)),
@@ -99,6 +113,7 @@ def summarize(rows: pd.DataFrame) -> dict[str, str]:
         "growth, KiB an update": f"{growth * 1024:.2f}",
         "ms an update": f"{early['seconds'].median() * 1e3:.1f}, {late['seconds'].median() * 1e3:.1f}",
         "late / early": f"{late['seconds'].median() / early['seconds'].median():.2f}",
+        "of the yardstick": f"{pace:.2f}",
         "threads": f"{early['threads'].max()}, {late['threads'].max()}",
         "open files": f"{early['files'].min()}, {late['files'].min()}",
     }
@@ -131,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     footnote = (
         "Medians of the second tenth of the updates, and of the last; of threads the most, of files the fewest, as "
         "TensorBoard opens its own for each write. Growth: slope of a line through the memory of all updates but the first "
-        "tenth."
+        "tenth. Of the yardstick: late / early, each update in units of a piece of work beside it that is always the same, as "
+        "the machine isn't always equally fast."
     )
     write_with_origin(["# Long runs", text, footnote], options.output)
     print(f"\n{text}")

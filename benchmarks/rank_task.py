@@ -123,7 +123,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--train", type=json.loads, default=None, help="settings, as JSON")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bind", action="store_true", help="to a core of its own")
     options = parser.parse_args()
+    if options.bind:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", "0"))]})
     warnings.filterwarnings("ignore")
     th.set_num_threads(1)
     result = measure_all_reduce() if options.train is None else train(options.train, options.seed)

@@ -1,10 +1,10 @@
 """
 What a second rank is worth, what more of them would be, and whether they learn what one process learns.
 
-Measured, in turns: one rank, two ranks, and two processes that don't know of each other, which show what the machine itself
-allows. The all-reduce alone gives the network's latency and bandwidth, and these the prediction of
-:mod:`benchmarks.cost_model`. ``--learning`` compares returns instead. Run it with ``python -m benchmarks.scaling``; nothing
-else should run beside it.
+Measured, in turns: one rank, two ranks, two that are bound to a core each, and two processes that don't know of each other,
+which show what the machine itself allows. The all-reduce alone gives the network's latency and bandwidth, and these the
+prediction of :mod:`benchmarks.cost_model`. ``--learning`` compares returns instead. Run it with
+``python -m benchmarks.scaling``; nothing else should run beside it.
 """
 
 import argparse
@@ -32,6 +32,9 @@ from benchmarks.cost_model import (
     efficiency,
     fit_network,
     most_ranks,
+    update_seconds,
+    waiting_seconds,
+    with_waiting,
 )
 from benchmarks.provenance import write_with_origin
 from benchmarks.tables import markdown_of
@@ -53,6 +56,13 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 """A light environment, a usual one, and a heavy one."""
+CONTENDERS = {
+    "one rank": (1, 1, False),
+    "two ranks": (2, 1, False),
+    "two ranks, bound": (2, 1, True),
+    "two apart": (1, 2, False),
+}
+"""How many ranks, how many copies of all, and whether each rank is bound to a core."""
 LEARNING = {"CartPole-v1": 60, "HalfCheetah-v5": 75}
 """Updates of a whole training."""
 NETWORKS = {
@@ -72,7 +82,7 @@ def start(n_ranks: int, output: Path, *arguments: str) -> "subprocess.Popen[byte
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def run(n_ranks: int, settings: dict[str, Any] | None, seed: int = 0, n_copies: int = 1) -> list[Any]:
+def run(n_ranks: int, settings: dict[str, Any] | None, seed: int = 0, n_copies: int = 1, bind: bool = False) -> list[Any]:
     """
     Run a task to its end.
 
@@ -80,9 +90,10 @@ def run(n_ranks: int, settings: dict[str, Any] | None, seed: int = 0, n_copies: 
     :param settings: as :func:`benchmarks.rank_task.train` takes them, ``None`` for the all-reduce alone
     :param seed: of everything
     :param n_copies: that run at the same time, and don't know of each other
+    :param bind: each rank to a core
     :return: what each copy has found
     """
-    arguments = ["--seed", str(seed), *([] if settings is None else ["--train", json.dumps(settings)])]
+    arguments = ["--seed", str(seed), *([] if settings is None else ["--train", json.dumps(settings)]), *["--bind"] * bind]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"{number}.json" for number in range(n_copies)]
         processes = [start(n_ranks, output, *arguments) for output in outputs]
@@ -97,9 +108,8 @@ def measure_speed(n_rounds: int) -> pd.DataFrame:
     rows = []
     for turn in range(n_rounds):
         for env, settings in TASKS.items():
-            contenders = {"one rank": (1, 1), "two ranks": (2, 1), "two apart": (1, 2)}
-            for who, (n_ranks, n_copies) in list(contenders.items())[:: 1 if turn % 2 == 0 else -1]:
-                results = run(n_ranks, {"env": env, **settings}, turn, n_copies)
+            for who, (n_ranks, n_copies, bind) in list(CONTENDERS.items())[:: 1 if turn % 2 == 0 else -1]:
+                results = run(n_ranks, {"env": env, **settings}, turn, n_copies, bind)
                 for row in overlapping([result["updates"][WARM_UP:] for result in results]):
                     rows.append({"env": env, "who": who, "turn": turn, "n_bytes": results[0]["n_bytes"], **row})
         print(f"round {turn + 1} of {n_rounds}: done", flush=True)
@@ -130,7 +140,7 @@ def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
         for who, group in of_env.groupby("who"):
             factor = 1 if who == "one rank" else 2
             speeds[who] = factor * samples / group.groupby("turn")["seconds"].mean()
-        for who in filter(speeds.__contains__, ("one rank", "two ranks", "two apart")):
+        for who in filter(speeds.__contains__, CONTENDERS):
             group = of_env[of_env["who"] == who]
             ratios, shares = (
                 speeds[who] / speeds["one rank"],
@@ -147,16 +157,22 @@ def summarize_speed(measurements: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def costs(measurements: pd.DataFrame) -> dict[str, UpdateCost]:
-    """What an update of each environment costs one rank, as medians."""
+def costs(measurements: pd.DataFrame, network: Network) -> dict[str, UpdateCost]:
+    """
+    What an update of each environment costs one rank, as medians.
+
+    :param measurements: as :func:`measure_speed` returns them
+    :param network: that ranks have been measured on, for what they waited
+    """
     found = {}
-    others = measurements[measurements["who"] == "two ranks"].groupby("env")["others"].median()
+    of_two = measurements[measurements["who"] == "two ranks, bound"].groupby("env")
+    others, communication = of_two["others"].median(), of_two["communication"].median()
     for env, group in measurements[measurements["who"] == "one rank"].groupby("env", sort=False):
         rollout, seconds = group["rollout"].median(), group["seconds"].median()
         steps, n_bytes = int(group["gradient_steps"].median()), int(group["n_bytes"].iloc[0])
-        found[str(env)] = UpdateCost(
-            float(rollout), float(seconds - rollout), steps, n_bytes, int(others[env]), float(group["rollout"].std())
-        )
+        rollout_std = (group["rollout"] - group.groupby("turn")["rollout"].transform("mean")).std()
+        cost = UpdateCost(float(rollout), float(seconds - rollout), steps, n_bytes, int(others[env]), float(rollout_std))
+        found[str(env)] = with_waiting(cost, network, 2, float(communication[env]))
     return found
 
 
@@ -177,14 +193,15 @@ def predict(found: dict[str, UpdateCost], networks: dict[str, Network]) -> pd.Da
 
 
 def check_model(measurements: pd.DataFrame, found: dict[str, UpdateCost], network: Network) -> pd.DataFrame:
-    """What the model says of two ranks, beside what was measured."""
+    """What the model says of an update of two bound ranks, beside what was measured."""
     rows = []
-    two = measurements[measurements["who"] == "two ranks"]
+    two = measurements[measurements["who"] == "two ranks, bound"]
     for env, cost in found.items():
-        expected = communication_seconds(2, cost, network)
-        seen = two[two["env"] == env]["communication"].median()
-        rows.append((env, f"{1e3 * expected:.1f} ms", f"{1e3 * seen:.1f} ms"))
-    return pd.DataFrame(rows, columns=["environment", "communication of an update, predicted", "measured, with waiting"])
+        alone = update_seconds(1, cost, network)
+        parts = (alone, communication_seconds(2, cost, network), waiting_seconds(2, cost), update_seconds(2, cost, network))
+        seen = two[two["env"] == env]["seconds"].median()
+        rows.append((env, *(f"{1e3 * seconds:.0f} ms" for seconds in (*parts, seen))))
+    return pd.DataFrame(rows, columns=["environment", "alone", "network", "waiting", "update of two ranks", "measured"])
 
 
 def check_ring(measured: dict[int, list[tuple[int, float]]], network: Network) -> pd.DataFrame:
@@ -290,7 +307,8 @@ def report_speed(n_rounds: int, output: Path) -> list[str]:
     rows = [(n_ranks, *reduction) for n_ranks, of_ranks in reductions.items() for reduction in of_ranks]
     pd.DataFrame(rows, columns=["ranks", "n_bytes", "seconds"]).to_csv(output / "all_reduce.csv", index=False)
     sizes, seconds = zip(*reductions[2], strict=True)
-    loopback, found = fit_network(2, sizes, seconds), costs(measurements)
+    loopback = fit_network(2, sizes, seconds)
+    found = costs(measurements, loopback)
     networks = {"measured loopback": loopback, **NETWORKS}
     draw_prediction(found, networks, output / "efficiency.png")
     told = ", ".join(f"{name}: {1e6 * net.latency:.0f} us, {net.bandwidth / 1e9:.2g} GB/s" for name, net in networks.items())
@@ -301,6 +319,9 @@ def report_speed(n_rounds: int, output: Path) -> list[str]:
         "Samples a second of all ranks together, medians of the rounds; shares are those of an update's time on rank 0. Two "
         "apart are two processes that don't know of each other: what this machine allows.",
         *("## The model", check),
+        "Alone is measured with one rank, the network with the all-reduce alone, and waiting is what two ranks communicate or "
+        "wait beyond that: each minibatch's standard deviation is fitted to it. What is measured beyond their sum is what two "
+        "ranks take longer to compute for.",
         f"A message's latency and bandwidth: {told}. The first is fitted to all_reduce.csv, the others are assumptions.",
         ring,
         "The network is fitted to two ranks. More ranks than cores take turns on them, and so more time.",

@@ -30,6 +30,10 @@ GRACE = 5.0
 """Seconds in which ranks that live on say so when another one is missing."""
 
 
+AWAKE = 0.02
+"""Seconds for which a rank that waits for the others at a minibatch doesn't go to sleep."""
+
+
 class Ranks:
     """
     All that train a model together, as one of them sees it; a process that trains alone is rank 0 of 1.
@@ -86,8 +90,19 @@ class Ranks:
         """Replace a tensor by its mean over the ranks, in place; for all to call, with the same shape."""
         if self.several:
             with self._together():
-                dist.all_reduce(tensor, group=None if tensor.is_cuda else self._cpu_group)
+                self._all_reduce(tensor)
             tensor.div_(self.size)
+
+    def _all_reduce(self, tensor: th.Tensor) -> None:
+        if tensor.is_cuda:
+            dist.all_reduce(tensor)
+            return
+        work = dist.all_reduce(tensor, group=self._cpu_group, async_op=True)
+        # A core that goes to sleep takes longer to wake up than the others take to come, mostly.
+        deadline = time.perf_counter() + AWAKE
+        while not work.is_completed() and time.perf_counter() < deadline:
+            os.sched_yield()
+        work.wait()
 
     def means(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """The means of numbers over the ranks, those of whole numbers and texts as they are; for all to call."""

@@ -1,8 +1,21 @@
 """The model of what an update costs with many ranks, by hand."""
 
+import math
+
+import numpy as np
 import pytest
 
-from benchmarks.cost_model import Network, UpdateCost, all_reduce_seconds, efficiency, fit_network, most_ranks, update_seconds
+from benchmarks.cost_model import (
+    Network,
+    UpdateCost,
+    all_reduce_seconds,
+    efficiency,
+    fit_network,
+    most_ranks,
+    slowest,
+    update_seconds,
+    with_waiting,
+)
 
 NETWORK = Network(latency=1e-3, bandwidth=1e6)
 
@@ -28,10 +41,27 @@ def test_small_exchanges_cost_their_messages() -> None:
 
 
 def test_all_wait_for_the_slowest() -> None:
-    """Of e^2 = 7.39 ranks, two standard deviations more than the mean: between those of 7 and of 8."""
-    cost = UpdateCost(rollout=1.0, compute=0.0, n_reductions=0, n_bytes=0, rollout_std=0.1)
-    assert update_seconds(1, cost, NETWORK) == pytest.approx(1.0)
-    assert update_seconds(7, cost, NETWORK) < 1.2 < update_seconds(8, cost, NETWORK)
+    """Once after the rollout, and at each of ten all-reduces."""
+    network = Network(latency=0.0, bandwidth=math.inf)
+    cost = UpdateCost(rollout=1.0, compute=0.0, n_reductions=10, n_bytes=0, rollout_std=0.1, step_std=0.02)
+    assert update_seconds(1, cost, network) == pytest.approx(1.0)
+    assert update_seconds(8, cost, network) == pytest.approx(1.0 + (0.1 + 10 * 0.02) * slowest(8))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 8, 1024])
+def test_the_slowest_of_many(n_ranks: int) -> None:
+    """The mean of the largest of so many normal deviates, by drawing them."""
+    largest = np.random.default_rng(0).standard_normal((5000, n_ranks)).max(axis=1)
+    assert slowest(n_ranks) == pytest.approx(largest.mean(), abs=0.05)
+
+
+def test_waiting_is_found_from_what_it_does() -> None:
+    """All of 2 s that isn't explained by ten messages there and back."""
+    cost = UpdateCost(rollout=0.5, compute=0.1, n_reductions=10, n_bytes=0)
+    found = with_waiting(cost, NETWORK, 2, 2.0)
+    assert found.step_std == pytest.approx((2.0 - 10 * 2e-3) / slowest(2) / 10)
+    assert update_seconds(2, found, NETWORK) == pytest.approx(0.6 + 2.0)
+    assert with_waiting(cost, NETWORK, 2, 0.01).step_std == 0.0
 
 
 def test_most_ranks_is_where_efficiency_is_still_enough() -> None:

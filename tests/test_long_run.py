@@ -14,15 +14,20 @@ pytestmark = pytest.mark.slow
 
 
 def test_summary_by_hand() -> None:
-    """From update 10 on memory grows by 1 MiB an update; early are updates 10 to 19, late 90 to 99."""
+    """
+    From update 10 on memory grows by 1 MiB an update; early are updates 10 to 19, late 90 to 99, when updates take twice, and
+    the yardstick four times as long.
+    """
     updates = np.arange(100)
-    rows = pd.DataFrame({"seconds": np.where(updates < 90, 0.01, 0.02), "memory": 100.0 + updates, "threads": 2, "files": 7})
+    times = {"seconds": np.where(updates < 90, 0.01, 0.02), "yardstick": np.where(updates < 90, 0.001, 0.004)}
+    rows = pd.DataFrame({**times, "memory": 100.0 + updates, "threads": 2, "files": 7})
     assert summarize(rows) == {
         "updates": "100",
         "memory, MiB": "114, 194",
         "growth, KiB an update": "1024.00",
         "ms an update": "10.0, 20.0",
         "late / early": "2.00",
+        "of the yardstick": "0.50",
         "threads": "2, 2",
         "open files": "7, 7",
     }

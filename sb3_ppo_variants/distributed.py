@@ -28,10 +28,8 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets, and what starts processes in its place."""
 GRACE = 5.0
 """Seconds in which ranks that live on say so when another one is missing."""
-
-
-AWAKE = 0.02
-"""Seconds for which a rank that waits for the others at a minibatch doesn't go to sleep."""
+AWAKE = 0.02 if hasattr(os, "sched_yield") else 0.0
+"""Seconds for which a rank that waits for the others at a minibatch doesn't go to sleep, where systems let it make way."""
 
 
 class Ranks:

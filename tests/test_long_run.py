@@ -15,11 +15,12 @@ pytestmark = pytest.mark.slow
 
 def test_summary_by_hand() -> None:
     """
-    From update 10 on memory grows by 1 MiB an update; early are updates 10 to 19, late 90 to 99, when updates take twice, and
-    the yardstick four times as long.
+    From update 10 on memory grows by 1 MiB an update; early are updates 10 to 19, late 90 to 99, when updates take twice as
+    long. In units of the yardstick the tenths take 10, 11, ..., 19: a change of 10 of 14.5.
     """
     updates = np.arange(100)
-    times = {"seconds": np.where(updates < 90, 0.01, 0.02), "yardstick": np.where(updates < 90, 0.001, 0.004)}
+    seconds = np.where(updates < 90, 0.01, 0.02)
+    times = {"seconds": seconds, "yardstick": seconds / (10 + updates // 10)}
     rows = pd.DataFrame({**times, "memory": 100.0 + updates, "threads": 2, "files": 7})
     assert summarize(rows) == {
         "updates": "100",
@@ -27,7 +28,7 @@ def test_summary_by_hand() -> None:
         "growth, KiB an update": "1024.00",
         "ms an update": "10.0, 20.0",
         "late / early": "2.00",
-        "of the yardstick": "0.50",
+        "slower by, %": "+69 (+69 to +69)",
         "threads": "2, 2",
         "open files": "7, 7",
     }

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch as th
-from stable_baselines3.common.callbacks import EvalCallback
 from scipy.stats import theilslopes
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.provenance import write_with_origin
@@ -148,8 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     footnote = (
         "Medians of the second tenth of the updates, and of the last; of threads the most, of files the fewest, as "
         "TensorBoard opens its own for each write. Growth: slope of a line through the memory of all updates but the first "
-        "tenth. Slower by: change over the whole run, Theil and Sen's slope through the tenths' medians with its 95 % interval, "
-        "of updates in units of a piece of work beside them that is always the same, as the machine isn't always equally fast."
+        "tenth. Slower by: change over the whole run, Theil and Sen's slope through the tenths' medians with its 95 % "
+        "interval, of updates in units of a piece of work beside them that is always the same, as the machine isn't always "
+        "equally fast."
     )
     write_with_origin(["# Long runs", text, footnote], options.output)
     print(f"\n{text}")

@@ -1,6 +1,8 @@
 """What ranks must have in common to train one model together."""
 
+import inspect
 import platform
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -159,19 +161,21 @@ def kinds(callback: Any) -> list[str]:
 def _environment(env: VecEnv) -> str:
     wrappers = []
     while isinstance(env, VecEnvWrapper):
-        flags = {name: value for name, value in vars(env).items() if isinstance(value, (bool, int, float, str))}
+        # What it was made with, as far as it keeps that: other attributes may count, or tell the time.
+        settings = {name: vars(env)[name] for name in inspect.signature(type(env)).parameters if name in vars(env)}
+        flags = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
         wrappers.append(f"{type(env).__name__} with {flags}")
         env = env.venv
     try:
         spec = env.get_attr("spec", 0)[0]
-        inner = "an unknown environment" if spec is None else f"{spec.id} with {spec.kwargs}"
+        inner = "an unknown environment" if spec is None else f"{spec.id} with {_in_words(spec.kwargs)}"
     except (AttributeError, NotImplementedError):
         inner = "an unknown environment"
     return " of ".join([*wrappers, type(env).__name__, inner])
 
 
 def _in_words(value: Any) -> str:
-    """Functions by some of their values, as they have no other names."""
+    """Functions by some of their values, as they have no other names; objects without their addresses."""
     if callable(value) and not isinstance(value, type):
         try:
             return "a schedule with " + ", ".join(f"{value(progress)} at {progress}" for progress in (1.0, 0.5))
@@ -181,7 +185,7 @@ def _in_words(value: Any) -> str:
         return f"({', '.join(map(_in_words, value))})"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_in_words(each)}' for key, each in value.items())}}}"
-    return value.__qualname__ if isinstance(value, type) else repr(value)
+    return value.__qualname__ if isinstance(value, type) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _names(ranks: Sequence[int]) -> str:

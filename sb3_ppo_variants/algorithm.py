@@ -39,7 +39,7 @@ from sb3_ppo_variants.arguments import (
     parse_schedule,
 )
 from sb3_ppo_variants.blame import add_note, stepped_environment
-from sb3_ppo_variants.callbacks import UpdateHooks, on_rank
+from sb3_ppo_variants.callbacks import StepsOfAllRanks, UpdateHooks, on_rank
 from sb3_ppo_variants.collection import renew_advantages
 from sb3_ppo_variants.critic import critic_parameters, shares_parameters
 from sb3_ppo_variants.distributed import ALONE, Ranks, draw_apart, to_bytes, written_by_all
@@ -318,7 +318,9 @@ class PPOBase(OnPolicyAlgorithm):
         self._statistics.take_firsts(ranks)
         parameters = ranks.broadcast(to_bytes(self.get_parameters()) if ranks.is_first else None)
         if not ranks.is_first:
-            self.set_parameters(th.load(io.BytesIO(parameters), map_location=self.device), device=self.device)
+            # An optimiser's settings may be of any type; they come from this very job.
+            of_first = th.load(io.BytesIO(parameters), map_location=self.device, weights_only=False)
+            self.set_parameters(of_first, device=self.device)
             for logger in filter(None, [getattr(self, "_logger", None)]):
                 logger.output_formats = []
 
@@ -340,7 +342,7 @@ class PPOBase(OnPolicyAlgorithm):
         if self._ranks.several:
             self._episodes.add(self.rollout_buffer.pos, infos, dones)
 
-    def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> bool:
         """
         That of the algorithm.
 
@@ -353,10 +355,9 @@ class PPOBase(OnPolicyAlgorithm):
                 "`autoreset_mode=AutoresetMode.SAME_STEP`"
             )
         self._ranks.arrive()
-        before = self.num_timesteps
+        of_all: Any = StepsOfAllRanks(callback) if self._ranks.several else callback
         with self._naming_culprits():
-            goes_on = super().collect_rollouts(env, *args, **kwargs)
-        self.num_timesteps += (self._ranks.size - 1) * (self.num_timesteps - before)
+            goes_on = super().collect_rollouts(env, of_all, *args, **kwargs)
         return self._after_rollout(goes_on)
 
     def _after_rollout(self, goes_on: bool) -> bool:

@@ -1,5 +1,6 @@
 """Callbacks with hooks inside the update, and those that this package brings along."""
 
+import copy
 import math
 import warnings
 from contextlib import ExitStack
@@ -213,8 +214,9 @@ def _on_rank(ranks: Ranks, callback: BaseCallback) -> BaseCallback | None:
         hooked = hooked_within(callback)
         return _HooksOnly(hooked) if hooked else None
     if isinstance(callback, CallbackList):
-        left = (_on_rank(ranks, each) for each in callback.callbacks)
-        return CallbackList([each for each in left if each is not None])
+        own = copy.copy(callback)  # of its class, which may do something itself
+        own.callbacks = [each for each in (_on_rank(ranks, each) for each in callback.callbacks) if each is not None]
+        return own
     if isinstance(callback, EventCallback) and callback.callback is not None:
         callback.callback = _on_rank(ranks, callback.callback)
     return callback
@@ -241,6 +243,26 @@ class _HooksOnly(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+class StepsOfAllRanks:
+    """
+    A callback that finds the steps of all ranks in ``num_timesteps``, where a rollout counts its own environments' only.
+
+    :param callback: the callback
+    """
+
+    def __init__(self, callback: BaseCallback) -> None:
+        self._callback = callback
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def on_step(self) -> bool:
+        """Count, and then call the callback."""
+        model: Any = self._callback.model
+        model.num_timesteps += (model._ranks.size - 1) * model.n_envs
+        return self._callback.on_step()
 
 
 class _ProgressOfAll(ProgressBarCallback):

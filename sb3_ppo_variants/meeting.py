@@ -27,7 +27,12 @@ def make_group(timeout: timedelta) -> None:
     """
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in all builds of torch
 
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+    except RuntimeError as error:
+        raise LostRankError(
+            f"not all ranks have come in {timeout.total_seconds():g} s, or rank 0 can't be reached: {error}"
+        ) from error
     store.set_timeout(timeout)
     store = PrefixStore(meet(PrefixStore("sb3_ppo_variants", store), rank, size, timeout), store)
     dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timeout)

@@ -49,7 +49,7 @@ class SharedStatistics:
 
     def _statistics(self) -> dict[str, RunningMeanStd]:
         normalizer: Any = self._model.get_vec_normalize_env()
-        if normalizer is None or not normalizer.training:
+        if normalizer is None:
             return {}
         found = {"returns": normalizer.ret_rms}
         if normalizer.norm_obs:

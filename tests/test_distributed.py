@@ -22,8 +22,9 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_ppo_variants import (
@@ -333,6 +334,29 @@ def test_statistics_of_observations_are_those_of_all_ranks(ranks: TwoRanks) -> N
     assert results[0][3] == results[1][3]
 
 
+class SwitchesOn(BaseCallback):
+    """Lets the second rollout be learned from, too."""
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps > 0:
+            self.training_env.training = True  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def switched_on() -> Any:
+    env = VecNormalize(make_vec_env("Pendulum-v1", N_ENVS), training=False)
+    make(env).learn(2 * SIZE * SAMPLES, SwitchesOn())
+    return env.obs_rms.mean.tolist(), env.obs_rms.count
+
+
+def test_statistics_that_are_switched_on_in_training(ranks: TwoRanks) -> None:
+    first, second = ranks.run(switched_on)
+    assert first == second
+    assert first[1] == pytest.approx(1e-4 + SIZE * SAMPLES)  # of the second rollout; the first observation was made before
+
+
 def episodes_of_training() -> Any:
     model = make(make_vec_env("CartPole-v1", N_ENVS))
     model.learn(2 * SIZE * SAMPLES)
@@ -409,6 +433,50 @@ def test_callbacks_of_other_ranks(tmp_path: Any) -> None:
     assert nested.callback is None
     assert on_rank(Ranks(1, 2), checkpoints, progress_bar=True) is None
     assert on_rank(Ranks(1, 2), [ProgressBarCallback()], progress_bar=False) is None
+
+
+class StopsItself(CallbackList):
+    """A list that does something of its own."""
+
+    def _on_step(self) -> bool:
+        return super()._on_step() and self.n_calls < 3
+
+
+def in_a_list_of_its_own() -> int:
+    model = make(make_vec_env("CartPole-v1", N_ENVS))
+    model.learn(SIZE * SAMPLES, StopsItself([]))
+    return model.num_timesteps
+
+
+def test_a_list_of_a_class_of_its_own_stays_one(ranks: TwoRanks) -> None:
+    assert ranks.run(in_a_list_of_its_own) == [3 * SIZE * N_ENVS] * 2
+
+
+class Notes(BaseCallback):
+    """The time steps at which it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def _on_step(self) -> bool:
+        self.seen.append(self.num_timesteps)
+        return True
+
+
+def steps_of_contrib() -> list[int]:
+    from sb3_ppo_variants.contrib import RecurrentPPO
+
+    notes = Notes()
+    model = RecurrentPPO(
+        "MlpLstmPolicy", make_vec_env("CartPole-v1", N_ENVS), n_steps=8, batch_size=16, n_epochs=1, device="cpu"
+    )
+    model.learn(2 * SIZE * N_ENVS * 8, notes)
+    return notes.seen
+
+
+def test_contribs_algorithms_count_the_steps_of_all_ranks(ranks: TwoRanks) -> None:
+    assert ranks.run(steps_of_contrib) == [list(range(SIZE * N_ENVS, 2 * SIZE * N_ENVS * 8 + 1, SIZE * N_ENVS))] * 2
 
 
 def with_hooks_within(folder: str) -> Any:
@@ -609,6 +677,56 @@ def test_ranks_that_differ_are_told_at_the_start(what: str, ranks: TwoRanks) -> 
         kind, message = error
         assert kind == "RanksDifferError"
         assert DIFFERENCES[what] in message
+
+
+class Config:
+    """Something without a text of its own."""
+
+
+class Counts(VecEnvWrapper):
+    """Counts what differs between ranks."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.sum = 0.0
+
+    def reset(self) -> VecEnvObs:
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        step = self.venv.step_wait()
+        self.sum += float(step[0].sum())
+        return step
+
+
+class Extractor(FlattenExtractor):
+    def __init__(self, observation_space: gym.Space[Any], config: Config) -> None:
+        super().__init__(observation_space)
+
+
+def alike(what: str) -> int:
+    env: VecEnv = make_vec_env("CartPole-v1", N_ENVS)
+    kwargs: dict[str, Any] = {}
+    match what:
+        case "wrapper that tells the time":
+            env = VecMonitor(DummyVecEnv([lambda: gym.make("CartPole-v1")] * N_ENVS))
+        case "wrapper that counts":
+            env = Counts(env)
+        case "NumPy's numbers":
+            kwargs = {"optimizer_kwargs": {"weight_decay": np.float64(1e-4)}}
+        case "objects at other addresses":
+            kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"config": Config()}}
+    model = make(env, policy_kwargs=kwargs)
+    model.learn(SIZE * SAMPLES)
+    model.learn(SIZE * SAMPLES, reset_num_timesteps=False)
+    return model.num_timesteps
+
+
+@pytest.mark.parametrize(
+    "what", ["wrapper that tells the time", "wrapper that counts", "NumPy's numbers", "objects at other addresses"]
+)
+def test_what_makes_no_difference(what: str, ranks: TwoRanks) -> None:
+    assert ranks.run(alike, what) == [2 * SIZE * SAMPLES] * 2
 
 
 class Meddles(UpdateCallback):

@@ -66,8 +66,8 @@ def meet(store: Any, rank: int, size: int, timeout: timedelta) -> str:
                     store.set(f"called/{other}", meeting)
             if store.check([f"there/{meeting}/{other}" for other in called]):
                 store.set(f"all there/{meeting}", "")
-        if store.check([f"called/{name}"]):
-            meeting = _read(store, f"called/{name}")
+        meeting = _read(store, f"called/{name}")
+        if meeting:
             store.set(f"there/{meeting}/{name}", "")
             if store.check([f"all there/{meeting}"]):
                 return meeting

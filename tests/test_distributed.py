@@ -452,27 +452,15 @@ def test_a_list_of_a_class_of_its_own_stays_one(ranks: TwoRanks) -> None:
     assert ranks.run(in_a_list_of_its_own) == [3 * SIZE * N_ENVS] * 2
 
 
-class Notes(BaseCallback):
-    """The time steps at which it is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def _on_step(self) -> bool:
-        self.seen.append(self.num_timesteps)
-        return True
-
-
 def steps_of_contrib() -> list[int]:
     from sb3_ppo_variants.contrib import RecurrentPPO
 
-    notes = Notes()
+    counts = CountsSteps()
     model = RecurrentPPO(
         "MlpLstmPolicy", make_vec_env("CartPole-v1", N_ENVS), n_steps=8, batch_size=16, n_epochs=1, device="cpu"
     )
-    model.learn(2 * SIZE * N_ENVS * 8, notes)
-    return notes.seen
+    model.learn(2 * SIZE * N_ENVS * 8, counts)
+    return counts.seen
 
 
 def test_contribs_algorithms_count_the_steps_of_all_ranks(ranks: TwoRanks) -> None:

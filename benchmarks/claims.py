@@ -64,7 +64,7 @@ class Claim(Model):
             return float(result.mean_returns.max())
         if self.measure == "final_return":
             return result.final_return
-        returns = result.returns_by_update
+        returns = result.rollouts["mean_return"]
         if self.measure == "last_rollout_return":
             return float(returns.iloc[-1])
         if self.measure == "lowest_rollout_return":

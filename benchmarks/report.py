@@ -151,8 +151,8 @@ def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Ma
     """
     Write everything about a grid's results into a folder.
 
-    ``report.md``; ``episodes.csv.gz`` and ``updates.csv.gz`` (the raw results), ``jobs.csv`` (one row a run), ``summary.csv``
-    (the tables' numbers), and figures.
+    ``report.md``; ``episodes.csv.gz`` and ``updates.csv.gz`` (the raw results, with each rollout's mean return), ``jobs.csv``
+    (one row a run), ``summary.csv`` (the tables' numbers), and figures.
 
     :param grid: what was compared
     :param results: of the runs that have been finished, at least one
@@ -177,12 +177,12 @@ def _spread(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def _write_csv(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> None:
-    for name in ("episodes", "updates"):
-        frames = {
-            (env, variant, result.job.seed): getattr(result, name)
-            for (env, variant), own in comparison.cells.items()
-            for result in own
-        }
+    runs = {(*key, result.job.seed): result for key, own in comparison.cells.items() for result in own}
+    tables = {
+        "episodes": {key: result.episodes for key, result in runs.items()},
+        "updates": {key: result.updates.join(result.rollouts) for key, result in runs.items()},
+    }
+    for name, frames in tables.items():
         raw = pd.concat(frames, names=["env", "variant", "seed", "row"]).droplevel("row")
         # Without the time in the archive the same results make the same file.
         raw.to_csv(folder / f"{name}.csv.gz", float_format="%.8g", compression={"method": "gzip", "mtime": 1})
@@ -245,7 +245,7 @@ def _row(row: "pd.Series[float]") -> tuple[str, ...]:
         str(row["variant"]),
         _interval(row, "final_return", ".4g"),
         _interval(row, "improvement", ".2f"),
-        _number(row.get("p_value"), ".3f"),
+        "<0.001" if row.get("p_value", 1.0) < 0.0005 else _number(row.get("p_value"), ".3f"),
         f"{row['n_solved']:.0f} of {row['n_seeds']:.0f}",
         f"{steps:,.0f}" if np.isfinite(steps) else "-",
         _number(row["median_kl"], ".2g"),

@@ -62,10 +62,11 @@ class Result:
         return float(episodes["episode_return"].mean())
 
     @property
-    def returns_by_update(self) -> "pd.Series[float]":
-        """Mean return of the episodes that have ended in each rollout, NaN where none has."""
+    def rollouts(self) -> pd.DataFrame:
+        """Of each update: number of ``episodes`` that have ended in its rollout; their ``mean_return``, NaN if none has."""
         rollout = np.searchsorted(self.updates["timesteps"], self.episodes["timesteps"])
-        return self.episodes["episode_return"].groupby(rollout).mean().reindex(range(len(self.updates)))
+        told = self.episodes["episode_return"].groupby(rollout).agg(["size", "mean"]).reindex(range(len(self.updates)))
+        return pd.DataFrame({"episodes": told["size"].fillna(0).astype(int), "mean_return": told["mean"]})
 
     @property
     def threshold(self) -> float | None:

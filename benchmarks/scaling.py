@@ -72,6 +72,8 @@ NETWORKS = {
 """Assumed, to be compared with the loopback that is measured: latency of a message through gloo, and bandwidth."""
 SHOWN_BYTES = (2**10, 2**16, 2**20)
 """Sizes of the vectors whose all-reduces are told."""
+MEASURED_RANKS = (2, 4, 8)
+"""Whose all-reduces are measured: the first are fitted, the others compared with what follows from them."""
 RANKS = (2, 8, 32, 128, 512, 1024)
 
 
@@ -302,7 +304,7 @@ def draw_learning(measurements: pd.DataFrame, path: Path) -> None:
 def report_speed(n_rounds: int, output: Path) -> list[str]:
     """Measure, write what was measured, and tell it."""
     measurements = measure_speed(n_rounds)
-    reductions = {n_ranks: [(size, seconds) for size, seconds in run(n_ranks, None)[0]] for n_ranks in (2, 4, 8)}
+    reductions = {n_ranks: [(size, seconds) for size, seconds in run(n_ranks, None)[0]] for n_ranks in MEASURED_RANKS}
     measurements.to_csv(output / "updates.csv", index=False)
     rows = [(n_ranks, *reduction) for n_ranks, of_ranks in reductions.items() for reduction in of_ranks]
     pd.DataFrame(rows, columns=["ranks", "n_bytes", "seconds"]).to_csv(output / "all_reduce.csv", index=False)

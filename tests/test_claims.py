@@ -42,13 +42,13 @@ def claim(**kwargs: Any) -> Claim:
 def test_returns_of_each_rollout() -> None:
     # Ten episodes a rollout: the tenth ends with the rollout's last step.
     result = run([1.0] * 10 + [2.0] * 9 + [4.0] + [3.0] * 20)
-    assert result.returns_by_update.tolist() == pytest.approx([1, 2.2, 3, 3])
+    assert result.rollouts["mean_return"].tolist() == pytest.approx([1, 2.2, 3, 3])
     assert result.final_return == 3.0
 
 
 def test_rollouts_in_which_no_episode_ends() -> None:
     result = run([1.0] * 10)
-    assert np.isnan(result.returns_by_update.tolist()).tolist() == [False, True, True, True]
+    assert np.isnan(result.rollouts["mean_return"].tolist()).tolist() == [False, True, True, True]
     assert result.final_return == 1.0
 
 

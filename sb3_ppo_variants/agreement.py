@@ -14,6 +14,7 @@ import torch as th
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
+from sb3_ppo_variants.buffers import RewardsToGoRolloutBuffer
 from sb3_ppo_variants.callbacks import OF_FIRST, hooked_within
 from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.vec_env import resets_in_next_step
@@ -54,7 +55,7 @@ def check_agreement(ranks: Ranks, model: "PPOBase", arguments: Mapping[str, Any]
 
 def check_supported(model: "PPOBase") -> None:
     """
-    Check that all rollouts will have the same size, as ranks take their gradient steps together.
+    Check that all rollouts will have the same size, as ranks take their gradient steps together, and the same scale.
 
     :param model: the algorithm
     :raises ValueError: if they may not
@@ -67,6 +68,12 @@ def check_supported(model: "PPOBase") -> None:
         raise ValueError(
             "`env` must reset in the same step where several ranks train: make it with "
             "`autoreset_mode=AutoresetMode.SAME_STEP`"
+        )
+    buffer = model.rollout_buffer
+    if isinstance(buffer, RewardsToGoRolloutBuffer) and buffer.standardize:
+        raise ValueError(
+            "`rollout_buffer_kwargs['standardize']` must be False where several ranks train, not True: each would scale its "
+            "own returns"
         )
 
 

@@ -58,7 +58,7 @@ from sb3_ppo_variants.nonfinite import (
     nonfinite_observation,
 )
 from sb3_ppo_variants.normalization import SharedStatistics
-from sb3_ppo_variants.resume import check_algorithm, go_on, read_by_first
+from sb3_ppo_variants.resume import check_algorithm, go_on, model_of, read_by_first
 from sb3_ppo_variants.safe_checks import LAST_SEEN, UntrustedFileError
 from sb3_ppo_variants.transaction import Attempt, Transaction, checked
 from sb3_ppo_variants.trust_region import TrustRegion, check_exact_kl
@@ -214,6 +214,10 @@ class PPOBase(OnPolicyAlgorithm):
             self.kl_coef_state = KLCoefState(*self.kl_coef_state)  # a saved one comes back as a plain list
         self._kl_coef_source = self.kl_coef
 
+    def _read_of_kl_coef(self) -> dict[str, Any]:
+        """What ``kl_coef`` has been read to."""
+        return {name: vars(self)[name] for name in ("_kl_coef", "kl_coef_state", "_kl_coef_source")}
+
     def _setup_model(self) -> None:
         self._read_arguments()
         clip_range = self.clip_range
@@ -252,11 +256,12 @@ class PPOBase(OnPolicyAlgorithm):
     def _follow_changes(self) -> None:
         """Take over what a callback has assigned to the new arguments since the last update."""
         if any(new is not read for new, read in zip(self._new_arguments(), self._arguments_read, strict=True)):
-            known = {
-                name: value for name, value in zip(NEW_ARGUMENTS, self._arguments_read, strict=True) if name in vars(self)
-            }
+            before = {**dict(zip(NEW_ARGUMENTS, self._arguments_read, strict=True)), **self._read_of_kl_coef()}
+            known = {name: value for name, value in before.items() if name in vars(self)}
             try:
                 self._read_arguments()
+                if self._ranks.several:
+                    check_supported(self)
             except (TypeError, ValueError):
                 vars(self).update(known)  # so that what is saved now can be loaded
                 raise
@@ -411,7 +416,6 @@ class PPOBase(OnPolicyAlgorithm):
         stats = UpdateStats(coefs, trust_region, keep_kls=watched and trust_region is not None)
         self._update_hooks.on_update_start(self.num_timesteps)
         engine = self._engine_choice.engine(self, coefs, trust_region)
-        hooked, hooked_between_epochs = map(self._update_hooks.ask, ("_on_minibatch", "_on_epoch_end"))
 
         with Transaction(self) as transaction:
             attempt = Attempt(self, stats)
@@ -426,17 +430,17 @@ class PPOBase(OnPolicyAlgorithm):
                             stats.add(checked(engine.backward()))
                         if attempt.failed:
                             continue
-                        if hooked:
-                            engine = self._call_hooks(engine, stats, self._update_hooks.on_minibatch)
+                        engine = self._call_hooks(engine, stats, "_on_minibatch")
                         if stats.policy_stopped:
                             break  # type: ignore[unreachable]  # hooks set it
                         engine.step()
                         stats.gradient_steps += 1
                     else:
                         stats.epochs_completed += 1
-                        if hooked_between_epochs:
-                            engine = self._call_hooks(engine, stats, self._update_hooks.on_epoch_end)
+                        engine = self._call_hooks(engine, stats, "_on_epoch_end")
                     self._n_updates += 1
+                if stats.policy_stopped:
+                    engine = self._call_hooks(engine, stats, "_on_policy_stopped")
                 self._train_critic(engine, stats, before_policy=False)
             finally:
                 engine.publish()
@@ -468,6 +472,7 @@ class PPOBase(OnPolicyAlgorithm):
         # VecNormalize, for one, makes NaN of all that comes after it: nothing would be learned any more.
         warnings.warn(f"update {self._iteration} is left out: {culprit}", stacklevel=3)
         self.logger.record("train/restored", 1)
+        self._kl_per_epoch = []
         return False
 
     def _measure_displacement(self, stats: UpdateStats, trust_region: TrustRegion | None, transaction: Transaction) -> None:
@@ -480,20 +485,24 @@ class PPOBase(OnPolicyAlgorithm):
         kl: float = self._ranks.mean(displacement.kl.mean().item())
         if not math.isfinite(kl):
             raise NonFiniteError(f"the KL divergence is {kl} after update {self._iteration}")
-        stats.displacement, stats.whole_step_kl = displacement, kl
+        stats.displacement = displacement
+        if stats.whole_step_kl is None:
+            stats.whole_step_kl = kl
         if self.max_kl is not None:
             stats.displacement, stats.n_halvings = transaction.backtrack(displacement, trust_region.measure, self.max_kl)
 
-    def _call_hooks(self, engine: Engine, stats: UpdateStats, hooks: Callable[[UpdateStats], Any]) -> Engine:
+    def _call_hooks(self, engine: Engine, stats: UpdateStats, hook: str) -> Engine:
         """
-        Call hooks between two steps, which see and may change the policy and its optimiser.
+        Call a hook between two steps, which sees and may change the policy and its optimiser, where anybody has written it.
 
         :return: the engine that goes on
         """
+        if hook not in self._update_hooks.written:
+            return engine
         engine.publish()
         stats.minibatch.gather()
         try:
-            hooks(stats)
+            self._update_hooks.call(hook, stats)
         finally:
             obstacle = engine.fetch()
         if self._ranks.several:
@@ -605,8 +614,8 @@ class PPOBase(OnPolicyAlgorithm):
             low, high = self.clip_range
             names = ("clip_range[0]", "clip_range[1]")
             return current_value(names[0], low, progress_remaining), current_value(names[1], high, progress_remaining)
-        if self.surrogate == "spo":  # whose range has to stay positive, as it is from the start to the planned end
-            progress_remaining = max(progress_remaining, 0.0)
+        if self.surrogate == "spo":
+            return (current_value("clip_range", self.clip_range, progress_remaining, check_positive),) * 2
         return (self.clip_range(progress_remaining),) * 2
 
     def _make_trust_region(self, coefs: Coefficients) -> TrustRegion:
@@ -636,7 +645,9 @@ class PPOBase(OnPolicyAlgorithm):
         return result if self._exact_kl_known else None
 
     def _adapt_kl_coef(self, stats: UpdateStats) -> None:
-        if isinstance(self._kl_coef, KLCoefController) and not stats.restored:
+        """From the KL of the whole step: what takes part of it back is no reason for a smaller penalty."""
+        moved = stats.gradient_steps > 0 and not stats.restored
+        if isinstance(self._kl_coef, KLCoefController) and moved:
             assert self.kl_coef_state is not None
             assert stats.whole_step_kl is not None
             self.kl_coef_state = self._kl_coef.update(self.kl_coef_state, kl=stats.whole_step_kl, kl_target=self.kl_target)
@@ -745,7 +756,7 @@ class PPOBase(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfAlgorithm:
         """
-        SB3's, for files of SB3's PPO too.
+        SB3's, for files of SB3's PPO too, and checkpoints of a :class:`ResumableCheckpointCallback`.
 
         What is not among ``kwargs`` is as it was saved: :class:`PPOKL` keeps the ``clip_range`` of SB3's PPO, too. An
         adapted beta is kept unless ``kl_coef`` is given and differs from the saved one.
@@ -757,6 +768,8 @@ class PPOBase(OnPolicyAlgorithm):
         """
         if "n_value_epochs" in kwargs and kwargs["n_value_epochs"] is None:
             kwargs = {"value_learning_rate": None, "critic_first": False, **kwargs}
+        if not safe:
+            path = model_of(path) or path
         if not safe and not safe_file.is_plain(path):
             settings = (device, custom_objects, print_system_info, force_reset)
             return super().load(path, env, *settings, **kwargs)  # type: ignore[arg-type]  # `_wrap_env` takes it
@@ -765,7 +778,9 @@ class PPOBase(OnPolicyAlgorithm):
         state_dicts, tensors = blank._get_torch_save_params()
         attributes = {*vars(blank), *SET_UP_LATER} - set(blank._excluded_save_params())
         own = custom_objects or {}
-        rest, objects = safe_file.read(path, [*state_dicts, "value_optimizer"], tensors, attributes, own, trusted=not safe)
+        policies = cls.policy_aliases.values()
+        state_dicts = [*state_dicts, "value_optimizer"]
+        rest, objects = safe_file.read(path, state_dicts, tensors, attributes, policies, own, kwargs.keys(), trusted=not safe)
         settings = (device, objects, print_system_info, force_reset)
         if not safe:
             return super().load(rest, env, *settings, **kwargs)  # type: ignore[arg-type]
@@ -804,9 +819,12 @@ class PPOBase(OnPolicyAlgorithm):
             super().save(path, exclude, include)
             return
         state_dicts, tensors = self._get_torch_save_params()
-        left_out = {*self._excluded_save_params(), *LAST_SEEN, *(name.partition(".")[0] for name in [*state_dicts, *tensors])}
-        left_out = (left_out | set(exclude or ())) - set(include or ())
+        apart = {*self._excluded_save_params(), *LAST_SEEN, *(name.partition(".")[0] for name in [*state_dicts, *tensors])}
+        asked, wanted = set(exclude or ()), set(include or ())
+        derived = {name for name, source in safe_file.DERIVED.items() if source in asked}
+        left_out = (apart | asked | derived) - wanted
         data = {name: safe_file.to_plain(name, value) for name, value in vars(self).items() if name not in left_out}
+        data[safe_file.LEFT_OUT] = safe_file.left_out(sorted(asked - apart - wanted), vars(self))
         variables = {name: recursive_getattr(self, name) for name in tensors}
         save_to_zip_file(path, data, self.get_parameters(), variables)
 

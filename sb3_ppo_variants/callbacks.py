@@ -28,7 +28,7 @@ from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.kl import ESTIMATORS
 from sb3_ppo_variants.logs import tensorboard_writers
 from sb3_ppo_variants.snapshot import Snapshot
-from sb3_ppo_variants.trust_region import check_exact_kl
+from sb3_ppo_variants.trust_region import Displacement, check_exact_kl
 from sb3_ppo_variants.update import UpdateStats
 
 if TYPE_CHECKING:
@@ -103,6 +103,13 @@ class UpdateCallback(BaseCallback):
         :param stats: the whole update
         """
 
+    def _on_policy_stopped(self, stats: UpdateStats) -> None:
+        """
+        Called after the policy's passes if they were ended early, by whatever it was, also amid an epoch.
+
+        :param stats: the update so far; its latest minibatch may be one that ``_on_minibatch`` hasn't been called for
+        """
+
     def mean_over_ranks(self, samples: th.Tensor) -> float:
         """
         The mean of all ranks' samples; for all ranks to call, so that they decide alike.
@@ -125,11 +132,19 @@ class UpdateCallback(BaseCallback):
         """
 
 
+ENDING_HOOKS = ("_on_minibatch", "_on_epoch_end")
+"""Those that may end the update."""
+
+
 class UpdateHooks:
     """Calls the hooks of the callbacks that have registered."""
 
+    written: frozenset[str]
+    """The hooks within an update's passes that any callback has of its own: calling them costs time."""
+
     def __init__(self) -> None:
         self._callbacks: list[UpdateCallback] = []
+        self.written = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self._callbacks)
@@ -139,8 +154,7 @@ class UpdateHooks:
         if callback not in self._callbacks:
             self._callbacks.append(callback)
 
-    def ask(self, hook: str) -> bool:
-        """Whether any callback has a hook of its own: calling hooks inside the update costs time."""
+    def _is_written(self, hook: str) -> bool:
         inherited = getattr(UpdateCallback, hook)
         return any(getattr(getattr(callback, hook), "__func__", None) is not inherited for callback in self._callbacks)
 
@@ -149,18 +163,19 @@ class UpdateHooks:
         for callback in self._callbacks:
             callback.num_timesteps = num_timesteps
             callback._on_update_start()
+        self.written = frozenset(filter(self._is_written, (*ENDING_HOOKS, "_on_policy_stopped")))
 
-    def on_minibatch(self, stats: UpdateStats) -> bool:
-        """Before the optimiser's step; stops the update if a callback says so, and returns whether the policy goes on."""
-        for callback in self._callbacks:
-            _stop_unless(callback._on_minibatch(stats), stats, callback, "_on_minibatch")
-        return not stats.policy_stopped
+    def call(self, hook: str, stats: UpdateStats) -> None:
+        """
+        Call a hook within the update's passes, and stop the update if it may, and says so.
 
-    def on_epoch_end(self, stats: UpdateStats) -> bool:
-        """After a pass over the rollout; stops the update if a callback says so, and returns whether the policy goes on."""
+        :param hook: its name
+        :param stats: the update so far
+        """
         for callback in self._callbacks:
-            _stop_unless(callback._on_epoch_end(stats), stats, callback, "_on_epoch_end")
-        return not stats.policy_stopped
+            result = getattr(callback, hook)(stats)
+            if hook in ENDING_HOOKS:
+                _stop_unless(result, stats, callback, hook)
 
     def on_update_end(self, stats: UpdateStats) -> None:
         """After the update."""
@@ -293,7 +308,9 @@ class KLEarlyStoppingCallback(UpdateCallback):
         ``n_value_epochs`` gives it); ``"policy"``: the critic goes on to the last epoch (OpenAI Spinning Up's scheme), by
         steps on its own parameters alone
     :param restore: whether to go back to the parameters and optimiser state after the last epoch that was within
-        ``factor`` x ``target`` (before the update if none was); with ``stop="policy"`` the critic's are left as they are
+        ``factor`` x ``target`` (before the update if none was), whatever has ended the update; with ``stop="policy"`` the
+        critic's are left as they are. An adaptive beta follows the KL before that, which is logged as
+        ``train/kl_whole_step``
     :param verbose: 1 to print when an update is ended
     :raises TypeError: if an argument is of the wrong type
     :raises ValueError: if an argument has a value that is not allowed
@@ -335,14 +352,27 @@ class KLEarlyStoppingCallback(UpdateCallback):
     def _on_epoch_end(self, stats: UpdateStats) -> bool:
         if self.per == "minibatch" and not self.restore:
             return True
-        kl = self._estimate(*stats.measure())
-        if kl <= self.limit:
+        if self._check_rollout(stats):
             self._take_snapshot()
-            return True
-        return self._end_update(stats, kl)
+        return True
+
+    def _on_policy_stopped(self, stats: UpdateStats) -> None:
+        if self._snapshot is not None:  # something else has ended the update, perhaps amid an epoch
+            self._check_rollout(stats)
+
+    def _check_rollout(self, stats: UpdateStats) -> bool:
+        """End the update if the policy is beyond the limit on the whole rollout; return whether it is within."""
+        displacement = stats.measure()
+        kl = self._estimate(*displacement)
+        is_within = kl <= self.limit
+        if not is_within:
+            self._end_update(stats, kl, displacement)
+        return is_within
 
     def _on_update_end(self, stats: UpdateStats) -> None:
         self._snapshot = None
+        if self.restore and stats.whole_step_kl is not None:
+            self.logger.record("train/kl_whole_step", stats.whole_step_kl)
 
     def _estimate(self, kl: th.Tensor | None, log_ratio: th.Tensor) -> float:
         if self.estimator != "exact":
@@ -360,13 +390,17 @@ class KLEarlyStoppingCallback(UpdateCallback):
             parameters = [parameter for parameter in policy.parameters() if parameter not in critics_own]
             self._snapshot = Snapshot(policy, parameters, policy.optimizer)
 
-    def _end_update(self, stats: UpdateStats, kl: float) -> bool:
+    def _end_update(self, stats: UpdateStats, kl: float, displacement: Displacement | None = None) -> bool:
         if not math.isfinite(kl):
             warnings.warn(f"the KL divergence is {kl}: the update is ended in epoch {stats.epochs_completed}", stacklevel=2)
         elif self.verbose >= 1:
             print(f"Ending the update in epoch {stats.epochs_completed}: KL {kl:.2g} exceeds {self.limit:.2g}")
         if self._snapshot is not None:
+            whole_step_kl = self.mean_over_ranks((displacement or stats.measure()).kl)
+            if stats.whole_step_kl is None and math.isfinite(whole_step_kl):
+                stats.whole_step_kl = whole_step_kl
             self._snapshot.restore()
+            self._snapshot = None
         if self.stop == "policy":
             stats.stop_policy()
         else:
@@ -409,17 +443,27 @@ class KLAdaptiveLearningRateCallback(UpdateCallback):
         self.minimum, self.maximum = check_positive("minimum", minimum), check_positive("maximum", maximum)
         if minimum > maximum:
             raise ValueError(f"`minimum` must not be greater than `maximum`, not {minimum!r} > {maximum!r}")
+        self._n_minibatches = 0
+        """Seen in the update so far."""
 
     def _init_callback(self) -> None:
         check_exact_kl(self.model.policy, self.model.rollout_buffer)
 
+    def _on_update_start(self) -> None:
+        self._n_minibatches = 0
+
     def _on_minibatch(self, stats: UpdateStats) -> bool:
         if stats.kl is None:
             raise ValueError(UNKNOWN_KL.format("KLAdaptiveLearningRateCallback"))
+        self._n_minibatches = stats.n_minibatches
         kl = self.mean_over_ranks(stats.kl)
         for group in self.model.policy.optimizer.param_groups:
             group["lr"] = self._next(group["lr"], kl)
         return True
+
+    def _on_policy_stopped(self, stats: UpdateStats) -> None:
+        if stats.n_minibatches > self._n_minibatches:  # that which has tripped `target_kl`
+            self._on_minibatch(stats)
 
     def _next(self, learning_rate: float, kl: float) -> float:
         if kl > self.band * self.target:

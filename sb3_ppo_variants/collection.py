@@ -1,5 +1,6 @@
 """Collecting rollouts: SB3's loop, to the last bit, without distribution objects and copies on every step."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,8 +39,8 @@ def collect_rollouts(
     """
     assert self._last_obs is not None, "No previous observation was provided"
     self.policy.set_training_mode(False)
-    n_steps = 0
-    n_episodes = 0
+    n_steps, n_episodes = 0, 0
+    enough_episodes = math.inf if self.n_episodes is None else self.n_episodes
     rollout_buffer.reset()
     n_attributes = len(vars(rollout_buffer))
     if self.use_sde:
@@ -50,7 +51,7 @@ def collect_rollouts(
     resets = resets_ahead(env)
     kept: list[np.ndarray] = []
 
-    while n_steps < n_rollout_steps and (self.n_episodes is None or n_episodes < self.n_episodes):
+    while n_steps < n_rollout_steps and n_episodes < enough_episodes:
         _renew_noise(self, env, n_steps)
         obs_tensor: Any = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
         if watched:
@@ -92,7 +93,7 @@ def collect_rollouts(
     with th.no_grad():
         values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
     as_it_was = lean_policy is not None and len(vars(rollout_buffer)) == n_attributes
-    _finish(self, rollout_buffer, values, dones, as_it_was, np.array(kept))
+    _finish(rollout_buffer, values, dones, as_it_was, np.array(kept), ended_early=n_steps < n_rollout_steps)
     callback.update_locals(locals())
     callback.on_rollout_end()
     return True
@@ -130,20 +131,16 @@ def _executable(self: "PPO", actions: Any) -> Any:
 
 
 def _finish(
-    self: "PPO",
-    buffer: RolloutBuffer,
-    last_values: th.Tensor,
-    dones: np.ndarray,
-    as_it_was: bool,
-    kept: np.ndarray,
+    buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, as_it_was: bool, kept: np.ndarray, ended_early: bool
 ) -> None:
     """
     Returns and advantages of a rollout that has ended.
 
     :param as_it_was: whether nobody has put a method of its own into a known buffer
     :param kept: which transitions are to be kept, shape (n_steps, n_envs)
+    :param ended_early: whether it has fewer steps than the buffer holds
     """
-    if self.n_episodes is not None:
+    if ended_early:
         shorten(buffer)
     if not kept.all():
         vars(buffer)[KEPT] = kept

@@ -48,6 +48,7 @@ def _faults(model: "PPOBase", stats: UpdateStats) -> dict[str, Any]:
         faults["train/restored"] = int(stats.restored)
     if stats.n_halvings is not None:
         faults["train/halvings"] = stats.n_halvings
+        faults["train/kl_whole_step"] = stats.whole_step_kl
     return faults
 
 

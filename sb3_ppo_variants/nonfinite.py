@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_ppo_variants.evaluation import unpadded
+from sb3_ppo_variants.rollout import places
 from sb3_ppo_variants.update import UpdateStats
 
 ON_NONFINITE = ("raise", "skip", "restore")
@@ -68,16 +69,16 @@ def nonfinite_in_rollout(buffer: RolloutBuffer) -> str | None:
         return None
     causes = ROLLOUT if _all_finite(buffer.rewards) else ROLLOUT[2:]
     for attribute, name in causes:
-        arrays = getattr(buffer, attribute, None)
-        for key, array in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
+        for of_dict, array in _parts(getattr(buffer, attribute, None)):
             if isinstance(array, np.ndarray) and not _all_finite(array):
+                envs, steps = places(buffer)
+                samples = array.swapaxes(0, 1).reshape(len(steps), -1)
+                bad = np.flatnonzero(~np.isfinite(samples).all(axis=1))
                 # The first step of all, not the first environment: what it has made of later ones follows from it.
-                bad = np.asarray(~np.isfinite(array.reshape(*array.shape[:2], -1)).all(axis=2))
-                step = int(np.flatnonzero(bad.any(axis=1))[0])
-                envs = np.flatnonzero(bad[step])
-                of_dict = f" {key!r}" if key else ""
-                numbers = f"environment{'s' if len(envs) > 1 else ''} {', '.join(map(str, envs[:5]))}"
-                return f"the {name}{of_dict} of {numbers} at step {step} of the rollout is {_first(array[step, envs[0]])}"
+                step = steps[bad].min()
+                bad = bad[steps[bad] == step]
+                numbers = f"environment{'s' if len(bad) > 1 else ''} {', '.join(map(str, envs[bad[:5]]))}"
+                return f"the {name}{of_dict} of {numbers} at step {step} of the rollout is {_first(samples[bad[0]])}"
     return None
 
 
@@ -88,10 +89,9 @@ def nonfinite_observation(observations: Any) -> str | None:
     :param observations: of all environments, or a dict of these
     :return: what and where it is, ``None`` if all are finite
     """
-    for key, array in observations.items() if isinstance(observations, dict) else [("", observations)]:
+    for of_dict, array in _parts(observations):
         if isinstance(array, np.ndarray) and not _all_finite(array):
             env = np.argwhere(~np.isfinite(array))[0][0]
-            of_dict = f" {key!r}" if key else ""
             return f"the observation{of_dict} of environment {env} is {_first(array[env])}"
     return None
 
@@ -105,11 +105,10 @@ def nonfinite_in_minibatch(stats: UpdateStats, buffer: RolloutBuffer) -> str | N
     :return: what it is, and where the sample stands in the rollout if it is known; ``None`` if only the gradient tells
     """
     samples, kept = stats.minibatch.samples, unpadded(stats.minibatch.samples)
-    observations: Any = samples.observations
     columns = {
         **{
-            f"observation{f' {key!r}' if key else ''}": part.flatten(1).sum(dim=1)
-            for key, part in (observations.items() if isinstance(observations, dict) else [("", observations)])
+            f"observation{of_dict}": part.flatten(1).sum(dim=1)
+            for of_dict, part in _parts(samples.observations)
             if part.is_floating_point()
         },
         "return": samples.returns,
@@ -136,8 +135,14 @@ def _where(stats: UpdateStats, position: int, buffer: RolloutBuffer) -> str:
     indices = stats.minibatch.indices
     if indices is None:
         return ""
-    env, step = divmod(int(indices[position]), buffer.buffer_size)
-    return f" of environment {env} at step {step} of the rollout"
+    envs, steps = places(buffer)
+    index = int(indices[position])
+    return f" of environment {envs[index]} at step {steps[index]} of the rollout"
+
+
+def _parts(content: Any) -> list[tuple[str, Any]]:
+    """Of a dict, its keys, as they are shown behind the name of the whole, and its values; else the content itself."""
+    return [(f" {key!r}", part) for key, part in content.items()] if isinstance(content, dict) else [("", content)]
 
 
 def _all_finite(array: np.ndarray) -> bool:

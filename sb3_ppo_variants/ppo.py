@@ -168,6 +168,7 @@ class PPO(PPOBase, stable_baselines3.PPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """SB3's, or its lean equivalent where the engine isn't ``"eager"`` and all it has to do is known."""
+        self._follow_changes()  # of `n_episodes`
         lengthen(rollout_buffer)
         lean_policy = self._engine_choice.lean_policy(self, rollout_buffer)
         if lean_policy is None and self.n_episodes is None and not resets_in_next_step(env) and not self._ranks.several:

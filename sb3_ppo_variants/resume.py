@@ -68,6 +68,10 @@ class DamagedCheckpointError(Exception):
     """A file is no checkpoint, or not a whole one."""
 
 
+PARTS = ("model.zip", "states.pkl")
+"""Entries of a checkpoint's file, beside their checksums."""
+
+
 class Checkpoint(NamedTuple):
     """
     Between two updates.
@@ -164,11 +168,33 @@ def read(path: Path) -> Checkpoint:
     :raises DamagedCheckpointError: if it is none, or damaged
     :raises FileNotFoundError: if there is none
     """
+    parts = _parts(path)
+    return Checkpoint(parts["model.zip"], pickle.loads(parts["states.pkl"]))
+
+
+def model_of(path: Any) -> io.BytesIO | None:
+    """
+    The model in a checkpoint, as ``model.save`` writes it.
+
+    :param path: of any file
+    :return: ``None`` if it isn't a checkpoint
+    :raises DamagedCheckpointError: if it is a damaged one
+    """
+    if not isinstance(path, (str, Path)) or not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        if not set(PARTS) <= set(archive.namelist()):
+            return None
+    return io.BytesIO(_parts(Path(path))["model.zip"])
+
+
+def _parts(path: Path) -> dict[str, bytes]:
+    """What a checkpoint consists of, whose checksums are right."""
     if not path.exists():
         raise FileNotFoundError(f"`path` must be a checkpoint, or a folder of checkpoints, not {path}, which doesn't exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            parts = {name: archive.read(name) for name in ("model.zip", "states.pkl")}
+            parts = {name: archive.read(name) for name in PARTS}
             sums = json.loads(archive.read("sha256.json"))
         if any(hashlib.sha256(content).hexdigest() != sums[name] for name, content in parts.items()):
             raise ValueError("a checksum differs")
@@ -176,7 +202,7 @@ def read(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # of many kinds: modules for decompression have their own
         raise DamagedCheckpointError(f"{path} is no checkpoint, or a damaged one: {error}") from error
-    return Checkpoint(parts["model.zip"], pickle.loads(parts["states.pkl"]))
+    return parts
 
 
 def newest(folder: Path, name_prefix: str | None = None) -> Checkpoint:
@@ -439,7 +465,8 @@ def go_on(model: "PPOBase", state: dict[str, Any], callback: Any, progress_bar: 
             _, root = model._setup_learn(more, callback, False, learning["tb_log_name"], progress_bar)
         for name, logged in zip(("name_to_value", "name_to_count", "name_to_excluded"), state["logged"], strict=True):
             getattr(model.logger, name).update(logged)
-        root.on_training_start(locals(), globals())
+        names_in_learn = {"self": model, "callback": root, "progress_bar": progress_bar, "iteration": model._iteration}
+        root.on_training_start({**learning, **names_in_learn}, globals())
         _restore_callbacks(_callbacks(root), state["callbacks"])
         _set_random_states(state["random"])
 

@@ -88,6 +88,23 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
         vars(buffer).pop("_get_samples", None)
 
 
+def places(buffer: RolloutBuffer) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Where the samples come from, in the order of flat indices.
+
+    :param buffer: a full rollout buffer, whether or not it has dropped transitions
+    :return: their environments and their steps in the rollout, each of shape (n_samples,)
+    """
+    envs, steps = np.nonzero(_kept(buffer).T)
+    return envs, steps
+
+
+def _kept(buffer: RolloutBuffer) -> np.ndarray:
+    """Which transitions of its rollout a buffer keeps, shape (n_steps, n_envs)."""
+    kept: np.ndarray = vars(buffer).get(KEPT, np.ones((buffer.buffer_size, buffer.n_envs), dtype=bool))
+    return kept
+
+
 def flatten(buffer: RolloutBuffer) -> None:
     """
     Give a buffer's arrays the order of the minibatches' indices, as ``RolloutBuffer.get`` does when it is first called.
@@ -129,7 +146,7 @@ def recompute_advantages(buffer: RolloutBuffer, values: np.ndarray, last_values:
     :param last_values: of the states behind the last step, shape (n_envs, 1)
     :param dones: whether episodes have ended in the last step, shape (n_envs,)
     """
-    kept = vars(buffer).get(KEPT, np.ones((buffer.buffer_size, buffer.n_envs), dtype=bool)).swapaxes(0, 1)
+    kept = _kept(buffer).T
     whole = copy.copy(buffer)
     whole.n_envs, whole.buffer_size = kept.shape
     rewards, episode_starts = buffer.swap_and_flatten(buffer.rewards), buffer.episode_starts

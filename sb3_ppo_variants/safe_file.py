@@ -7,7 +7,7 @@ import math
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ MAX_ARRAY_BYTES = 2**28
 NUMBERS = "biuf"
 """Kinds of arrays that consist of numbers."""
 
+LEFT_OUT = ":left out:"
+"""Key of the names of attributes that a file lacks as they are no plain data: they have to be given when it is loaded."""
+
+DERIVED = {"lr_schedule": "learning_rate", "_kl_coef_source": "kl_coef"}
+"""Attributes that follow from others, which are left out with them."""
+
 VARIABLES = "pytorch_variables.pth"
 
 OTHER_ENTRIES = ("data", "_stable_baselines3_version", "system_info.txt")
@@ -80,20 +86,43 @@ def to_plain(name: str, value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [to_plain(name, item) for item in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) and key != TAG for key in value):
+    if _is_mapping(value) and all(isinstance(key, str) and key != TAG for key in value):
         items = value.spaces.items() if isinstance(value, spaces.Dict) else value.items()
         plain = {key: to_plain(name, item) for key, item in items}
         return {TAG: "Dict", "content": plain} if isinstance(value, spaces.Dict) else plain
     forbidden = isinstance(value, type) and not _may_be_named(value)
     if not forbidden and not (isinstance(value, np.ndarray) and value.dtype.kind not in NUMBERS):
         for kind, tag, parts in PARTS:
-            if isinstance(value, kind):
+            if type(value) is kind or (kind in WITH_SUBCLASSES and isinstance(value, kind)):
                 return {TAG: tag, "content": to_plain(name, parts(value))}
     kind, what = (value, "the class") if isinstance(value, type) else (type(value), "a")
     raise ValueError(
         f"`{name}` can't be saved as plain data, as it is {what} {kind.__module__}.{kind.__qualname__}: leave it out "
         f"by `exclude=[{name!r}]` and give it to `load` in `custom_objects`, or save without `safe`"
     )
+
+
+def _is_mapping(value: Any) -> bool:
+    """A user's own kind of ``Dict`` space is none."""
+    return isinstance(value, Mapping) and (type(value) is spaces.Dict or not isinstance(value, spaces.Space))
+
+
+def left_out(exclude: Iterable[str], attributes: Mapping[str, Any]) -> list[str]:
+    """
+    What of an object is left out of its file because it has to be: it is no plain data.
+
+    :param exclude: names of attributes that are left out
+    :param attributes: of the object
+    """
+    return [name for name in exclude if name in attributes and not _is_plain_data(attributes[name])]
+
+
+def _is_plain_data(value: Any) -> bool:
+    try:
+        to_plain("", value)
+    except ValueError:
+        return False
+    return True
 
 
 def _array_parts(array: np.ndarray) -> list[Any]:
@@ -121,6 +150,9 @@ PARTS: tuple[tuple[type, str, Callable[[Any], Any]], ...] = (
     (spaces.MultiBinary, "MultiBinary", lambda space: space.n if isinstance(space.n, int) else space.shape),
 )
 """What is no JSON: its kind, its name in files, and the parts that :data:`BUILDERS` make it of again."""
+
+WITH_SUBCLASSES = (np.generic, type, tuple)
+"""Kinds whose subclasses hold no more than they do; those of others may do something else, and aren't saved as theirs."""
 
 
 def from_plain(value: Any) -> Any:
@@ -212,7 +244,9 @@ def read(
     parameters: Iterable[str],
     variables: Iterable[str],
     allowed: Iterable[str],
+    policies: Collection[type],
     custom_objects: Mapping[str, Any],
+    given: Collection[str],
     trusted: bool,
 ) -> tuple[io.BytesIO, dict[str, Any]]:
     """
@@ -222,7 +256,9 @@ def read(
     :param parameters: names of the state dicts that it may hold
     :param variables: names of the other tensors that it may hold
     :param allowed: names of the attributes that it may hold
+    :param policies: the algorithm's, of which the file may name one
     :param custom_objects: attributes that the caller gives in place of the file's
+    :param given: names of attributes that the caller sets otherwise
     :param trusted: whether it is the caller's own, and anything that can be read will do
     :return: for SB3's ``load``: a file without attributes, and the attributes as custom objects
     :raises UntrustedFileError: if the file isn't whole, isn't safe, or isn't what it should be
@@ -238,9 +274,16 @@ def read(
             raise UntrustedFileError(
                 f"{', '.join(pickled)} would have to be unpickled: save with `safe=True`, or give them in `custom_objects`"
             )
+        lacking = [name for name in data.pop(LEFT_OUT, []) if name not in custom_objects and name not in given]
+        if lacking:
+            raise UntrustedFileError(
+                f"{', '.join(f'`{name}`' for name in lacking)} couldn't be saved as plain data, and must be given in "
+                "`custom_objects`, as when the file was saved"
+            )
         attributes = {key: from_plain(value) for key, value in data.items() if key not in custom_objects}
         if not trusted:
             check_attributes(attributes)
+            _check_policy_class(attributes.get("policy_class"), policies)
             tensors = {name: read_tensors(name, entry) for name, entry in entries.items() if name.endswith(".pth")}
             odd = sorted((tensors.get(VARIABLES) or {}).keys() - set(variables))
             if odd:
@@ -248,12 +291,14 @@ def read(
             _check_memory({**attributes, **custom_objects}, tensors["policy.pth"], "policy_kwargs" in custom_objects)
             entries.update({name: _saved(value) for name, value in tensors.items()})
     except UntrustedFileError as error:
-        raise UntrustedFileError(f"{name_of(path)} can't be loaded safely: {error}") from error
+        raise UntrustedFileError(f"{name_of(path)} can't be loaded{'' if trusted else ' safely'}: {error}") from error
     except FileNotFoundError:
         raise
     except (Exception, RecursionError) as error:
         raise UntrustedFileError(f"{name_of(path)} is no file of a model, or a damaged one: {error}") from error
     attributes = {**attributes, **custom_objects}
+    missing = {name: source for name, source in DERIVED.items() if source in custom_objects and name not in attributes}
+    attributes.update({name: attributes[source] for name, source in missing.items()})
     rest = io.BytesIO()
     with zipfile.ZipFile(rest, "w") as archive:
         archive.writestr("data", json.dumps(dict.fromkeys(attributes)))
@@ -323,7 +368,7 @@ def _checked_json(content: bytes, allowed: set[str]) -> dict[str, Any]:
         raise UntrustedFileError(
             f"its attributes hold arrays of {n_bytes / 2**20:.0f} MiB, more than {MAX_ARRAY_BYTES / 2**20:.0f} MiB"
         )
-    odd = sorted(data.keys() - allowed)
+    odd = sorted(data.keys() - {*allowed, LEFT_OUT})
     if odd:
         raise UntrustedFileError(f"it has `{odd[0]}`, which this algorithm hasn't: it may be of another one")
     return data
@@ -333,6 +378,14 @@ def _saved(value: Any) -> bytes:
     content = io.BytesIO()
     th.save(value, content)
     return content.getvalue()
+
+
+def _check_policy_class(policy_class: type | None, policies: Collection[type]) -> None:
+    if policy_class is not None and policy_class not in policies:
+        allowed = ", ".join(policy.__name__ for policy in policies)
+        raise UntrustedFileError(
+            f"`policy_class` must be one of {allowed}, not {policy_class.__name__}: is it another algorithm's?"
+        )
 
 
 def _check_memory(attributes: dict[str, Any], stored: dict[str, th.Tensor], callers_policy: bool) -> None:

@@ -53,7 +53,7 @@ class UpdateStats:
     n_halvings: int | None
     """How often the whole step had to be halved for ``max_kl``; ``None`` without."""
     whole_step_kl: float | None
-    """Mean of the exact KL(old || new) of the update before it was shortened for ``max_kl``, in nats."""
+    """Mean of the exact KL(old || new), in nats, that the update had before ``max_kl`` or a callback took part of it back."""
     displacement: Displacement | None
     """How far the whole update has moved the policy; set before ``_on_update_end``, ``None`` if it is not known."""
 

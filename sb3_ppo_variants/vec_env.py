@@ -291,10 +291,10 @@ def _check_space(space: spaces.Space[Any]) -> None:
 
 
 def _copy(observations: Any) -> Any:
-    """As environments may write the next observations to the same place."""
+    """As environments may write the next observations to the same place; in C's order, as SB3's, whose bits depend on it."""
     if isinstance(observations, dict):
-        return {key: np.array(array) for key, array in observations.items()}
-    return np.array(observations)
+        return {key: np.array(array, order="C") for key, array in observations.items()}
+    return np.array(observations, order="C")
 
 
 def _at(observations: Any, index: int) -> Any:

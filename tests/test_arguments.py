@@ -157,17 +157,21 @@ def test_a_policy_without_an_exact_kl_is_refused_for_a_kl_penalty_only() -> None
 
 
 def test_a_policy_without_a_critic_of_its_own_is_refused_for_passes_of_its_own_only() -> None:
-    class Frozen(ActorCriticPolicy):
+    class Mean(th.nn.Module):
+        def forward(self, latent: th.Tensor) -> th.Tensor:
+            return latent.mean(dim=1, keepdim=True)
+
+    class Fixed(ActorCriticPolicy):
         def _build(self, lr_schedule: Any) -> None:
             super()._build(lr_schedule)
-            for module in (self.mlp_extractor.value_net, self.value_net):
-                module.requires_grad_(False)
+            self.value_net = Mean()  # type: ignore[assignment]
 
     def build(**kwargs: Any) -> PPO:
-        return PPO(Frozen, RandomEnv(), n_steps=8, batch_size=8, device="cpu", **kwargs)
+        arch = {"net_arch": {"pi": [8], "vf": []}}
+        return PPO(Fixed, RandomEnv(), n_steps=8, batch_size=8, device="cpu", policy_kwargs=arch, **kwargs)
 
     build().learn(8)
-    with pytest.raises(ValueError, match="`policy` must have parameters of the critic's own to train them apart, not Frozen"):
+    with pytest.raises(ValueError, match="`policy` must have parameters of the critic's own to train them apart, not Fixed"):
         build(n_value_epochs=1)
 
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_variants import PPO, RewardsToGoRolloutBuffer
 from sb3_ppo_variants.engines import FusedEngine, LeanPolicy
+from tests.environments import RandomEnv
 from tests.test_parity import assert_same_model
 
 SPACE = spaces.Box(-1, 1, (1,), np.float32)
@@ -62,3 +63,9 @@ def test_the_fused_engine_trains_with_it_as_the_eager_one(standardize: bool, mon
         models.append(model.learn(128))
         assert used == {FusedEngine, LeanPolicy}
     assert_same_model(*models)
+
+
+def test_dicts_as_observations_are_refused() -> None:
+    env = make_vec_env(lambda: RandomEnv("dict"), 1)
+    with pytest.raises(ValueError, match="`rollout_buffer_class` must be one for dicts, as observations are, not RewardsToGo"):
+        PPO("MultiInputPolicy", env, rollout_buffer_class=RewardsToGoRolloutBuffer)

@@ -32,6 +32,7 @@ from sb3_ppo_variants import (
     UpdateCallback,
     UpdateStats,
 )
+from sb3_ppo_variants.callbacks import UpdateHooks
 from sb3_ppo_variants.critic import critic_parameters
 from sb3_ppo_variants.distributed import Ranks
 from sb3_ppo_variants.kl import k1, k2, k3
@@ -165,8 +166,8 @@ def test_hooks_that_nobody_has_written_cost_nothing(monkeypatch: pytest.MonkeyPa
             return True
 
     calls = []
-    original = PPO._call_hooks
-    monkeypatch.setattr(PPO, "_call_hooks", lambda self, *args: calls.append(1) or original(self, *args))
+    original = UpdateHooks.call
+    monkeypatch.setattr(UpdateHooks, "call", lambda self, *args: calls.append(1) or original(self, *args))
     small(n_epochs=3).learn(64, callback=OnlyAtTheEnd())
     assert not calls
     small(n_epochs=3).learn(64, callback=[OnlyAtTheEnd(), BetweenEpochs()])
@@ -403,6 +404,43 @@ def test_restoring_goes_back_to_the_start_if_no_epoch_was_within_the_target() ->
     assert not model.policy.optimizer.state
 
 
+class StopAt(UpdateCallback):
+    """Ends each update before its so manieth step."""
+
+    def __init__(self, n_steps: int) -> None:
+        super().__init__()
+        self._n_steps = n_steps
+
+    def _on_minibatch(self, stats: UpdateStats) -> bool:
+        return stats.gradient_steps < self._n_steps
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("per", ["minibatch", "epoch"])
+@pytest.mark.parametrize("other", [{}, {"target_kl": 0.04}])
+def test_restoring_bounds_updates_that_something_else_ends_amid_an_epoch(per: str, other: dict[str, Any], engine: str) -> None:
+    """The first epoch's two steps stay within 0.085, a third one doesn't, as the fourth minibatch, which ends it, hides."""
+    watch, bounded = Watch(), Watch()
+    ends = [] if other else [StopAt(3)]
+    make(**SLOWER, **other, engine=engine).learn(ROLLOUT, callback=[watch, *ends])
+    assert watch.kls[0] > 0.085
+    model = make(**SLOWER, **other, engine=engine)
+    model.learn(ROLLOUT, callback=[KLEarlyStoppingCallback(0.085, 1.0, per=per, restore=True), *ends, bounded])
+    assert bounded.updates[0].gradient_steps == watch.updates[0].gradient_steps == 3
+    assert 0 < bounded.kls[0] <= 0.085
+    assert model.logger.name_to_value["train/kl_whole_step"] == pytest.approx(watch.kls[0], rel=1e-6)
+
+
+def test_beta_rises_where_an_update_is_restored_as_it_went_too_far() -> None:
+    """Else what bounds the updates would lower the penalty, from each one that is too large."""
+    model, watch = make(**FAST, kl_coef="auto"), Watch()
+    model.learn(ROLLOUT, callback=[KLEarlyStoppingCallback(0.01, per="epoch", restore=True), watch])
+    assert watch.kls == [0.0]
+    assert model.logger.name_to_value["train/kl_whole_step"] > 1.5 * 0.01
+    assert model.kl_coef_state is not None
+    assert model.kl_coef_state.kl_coef == 2.0
+
+
 def test_stopping_the_policy_alone_leaves_the_critic_its_epochs() -> None:
     class AtStop(Watch):
         def _on_minibatch(self, stats: UpdateStats) -> bool:
@@ -498,6 +536,23 @@ def test_kl_adaptive_learning_rate(engine: str, tmp_path: Path) -> None:
     assert [logged["train/learning_rate"] for logged in look.logged] == [taken[len(taken) // 2 - 1], taken[-1]]
     model.save(tmp_path / "model")
     assert PPO.load(tmp_path / "model").learning_rate == taken[-1]
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+def test_the_minibatch_that_trips_target_kl_lowers_the_learning_rate(engine: str) -> None:
+    """Though no step is taken at it: else the rate would only ever rise."""
+
+    class Look(Watch):
+        def _on_minibatch(self, stats: UpdateStats) -> bool:
+            self.rate = self.model.policy.optimizer.param_groups[0]["lr"]
+            return True
+
+    look, callback = Look(), KLAdaptiveLearningRateCallback(1e-4, minimum=1e-9)
+    model = make(**FAST, engine=engine, target_kl=0.01)
+    model.learn(ROLLOUT, callback=[callback, look])
+    assert look.updates[0].policy_stopped
+    assert look.updates[0].n_minibatches == look.updates[0].gradient_steps + 1
+    assert model.learning_rate == look.rate / 1.5
 
 
 def test_a_learning_rate_that_waits_for_a_kl_out_of_reach_stays_at_its_bound() -> None:

@@ -32,6 +32,7 @@ from sb3_ppo_variants import (
     KLAdaptiveLearningRateCallback,
     KLCoefController,
     KLEarlyStoppingCallback,
+    RewardsToGoRolloutBuffer,
     UpdateCallback,
     UpdateStats,
     is_first_rank,
@@ -770,7 +771,33 @@ def with_episodes() -> None:
     make(make_vec_env("CartPole-v1", N_ENVS), n_episodes=2).learn(10)
 
 
-def test_rollouts_of_different_sizes_are_refused(ranks: TwoRanks) -> None:
-    for ended_well, (kind, message) in ranks.outcomes(with_episodes):
+class MoreEpisodes(UpdateCallback):
+    def _on_update_end(self, stats: UpdateStats) -> None:
+        self.model.n_episodes = 2
+
+
+def with_episodes_later() -> None:
+    make(make_vec_env("CartPole-v1", N_ENVS)).learn(10_000, callback=MoreEpisodes())
+
+
+def with_returns_of_its_own_scale() -> None:
+    arguments = {"rollout_buffer_class": RewardsToGoRolloutBuffer, "rollout_buffer_kwargs": {"standardize": True}}
+    make(make_vec_env("CartPole-v1", N_ENVS), **arguments).learn(10)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        (with_episodes, "`n_episodes` must be None where several ranks train, not 2"),
+        (with_episodes_later, "`n_episodes` must be None where several ranks train, not 2"),
+        (
+            with_returns_of_its_own_scale,
+            "`rollout_buffer_kwargs['standardize']` must be False where several ranks train, not True: each would scale its "
+            "own returns",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_together_is_refused(train: Any, expected: str, ranks: TwoRanks) -> None:
+    for ended_well, (kind, message) in ranks.outcomes(train):
         assert (ended_well, kind) == (False, "ValueError")
-        assert message == "`n_episodes` must be None where several ranks train, not 2"
+        assert message == expected

@@ -118,6 +118,27 @@ def test_bad_numbers(n_episodes: Any, error: type[Exception]) -> None:
         PPO("MlpPolicy", "CartPole-v1", n_episodes=n_episodes, device="cpu")
 
 
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.parametrize(("n_episodes", "error"), [(0, ValueError), ("2", TypeError)])
+def test_bad_numbers_that_are_assigned_later(n_episodes: Any, error: type[Exception], engine: str) -> None:
+    model, _ = train(Episodes(), 7, n_episodes=2, engine=engine)
+    model.n_episodes = n_episodes
+    with pytest.raises(error, match="`n_episodes` must be an integer >= 1"):
+        model.learn(7)
+    assert model.n_episodes == 2
+
+
+def test_a_number_that_a_callback_assigns_holds_from_the_next_rollout_on() -> None:
+    class Assign(Sizes):
+        def _on_step(self) -> bool:
+            self.model.n_episodes = 1
+            return True
+
+    assign = Assign()
+    train(Episodes(), 1, n_episodes=2)[0].learn(17, callback=assign)
+    assert assign.rollouts == [3 + 4, 5, 3, 4]
+
+
 def test_a_short_rollouts_returns_are_those_of_its_steps() -> None:
     """With lambda 1 and no discount, minus the values: what is left of the episode's rewards."""
     model, _ = train(Episodes(), 7, n_episodes=2, gamma=1.0, gae_lambda=1.0)

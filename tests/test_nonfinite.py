@@ -423,3 +423,11 @@ def test_beta_follows_the_whole_step_not_what_max_kl_leaves_of_it() -> None:
     model = make(**kwargs, max_kl=1e-5).learn(ROLLOUT)
     assert model.kl_coef_state is not None
     assert model.kl_coef_state.kl_coef == 2.0
+
+
+def test_an_update_that_has_learned_nothing_leaves_beta_as_it_was() -> None:
+    model, watch = make(2, on_nonfinite="skip", batch_size=ROLLOUT, kl_coef="auto"), AtMinibatch()
+    model.learn(ROLLOUT, callback=watch)
+    assert watch.stats[0].gradient_steps == 0
+    assert model.kl_coef_state is not None
+    assert model.kl_coef_state.kl_coef == 1.0

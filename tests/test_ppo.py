@@ -195,6 +195,19 @@ def test_what_is_assigned_during_training_is_checked_too(name: str, value: Any) 
         learn(model)
 
 
+def test_what_is_refused_leaves_the_penalty_as_it_was() -> None:
+    model = make(PPOKL, kl_rollback=0.03)
+    learn(model, 2)
+    state = model.kl_coef_state
+    assert state is not None
+    assert state.kl_coef != 1
+    model.kl_coef = 0.0
+    with pytest.raises(ValueError, match="`kl_rollback` must be None unless `kl_coef` is given"):
+        learn(model)
+    assert (model.kl_coef, model.kl_coef_state) == ("auto", state)
+    assert learn(model).updates[0].coefs.kl_coef == state.kl_coef
+
+
 def test_logged_penalty_is_beta_times_kl() -> None:
     stats = learn(make(clip_range=None, kl_coef=3.0)).updates[0]
     np.testing.assert_allclose(stats.series("kl_penalty_loss"), 3 * stats.kl_series(), rtol=1e-5, atol=1e-9)
@@ -286,6 +299,42 @@ def test_the_critics_own_passes_in_all_spaces(observation: str, action: str) -> 
     learn(model)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, "auto"])
+def test_an_actor_that_is_frozen_lets_the_critic_train_by_itself(kl_coef: Any) -> None:
+    """To warm the critic up; the actor learns when it is free again."""
+    model = make(n_value_epochs=2, kl_coef=kl_coef)
+    own = {id(parameter) for parameter in critic_parameters(model.policy)}
+    actors = [parameter for parameter in model.policy.parameters() if id(parameter) not in own]
+    for free in (False, True):
+        before = {name: parameter.clone() for name, parameter in model.policy.named_parameters()}
+        for parameter in actors:
+            parameter.requires_grad_(free)
+        learn(model)
+        for name, parameter in model.policy.named_parameters():
+            assert th.equal(parameter, before[name]) == (not free and id(parameter) not in own)
+
+
+def test_a_critic_that_is_frozen_stays_as_it_is() -> None:
+    model = make(n_value_epochs=2)
+    for parameter in critic_parameters(model.policy):
+        parameter.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.policy.named_parameters()}
+    own = {id(parameter) for parameter in critic_parameters(model.policy)}
+    assert own
+    learn(model)
+    for name, parameter in model.policy.named_parameters():
+        assert th.equal(parameter, before[name]) == (id(parameter) in own)
+
+
+def test_passes_for_a_critic_of_which_a_part_is_frozen_can_be_loaded(tmp_path: Path) -> None:
+    model = make()
+    model.policy.value_net.requires_grad_(False)
+    model.n_value_epochs = 2
+    learn(model)
+    model.save(tmp_path / "model")
+    assert PPO.load(tmp_path / "model", device="cpu").n_value_epochs == 2
+
+
 def test_the_critics_own_passes_lower_its_loss() -> None:
     losses = learn(make(n_value_epochs=40, batch_size=48, value_learning_rate=1e-2)).updates[0].series("value_loss")
     assert losses[-1] < 0.7 * losses[0]
@@ -304,6 +353,12 @@ def test_schedules_beyond_the_planned_end_stay_at_their_last_value(kwargs: dict[
     """The last rollout goes beyond it, and SB3's progress below 0."""
     model = make(**kwargs).learn(60)
     assert model._current_progress_remaining < 0
+
+
+def test_a_range_of_spo_that_falls_to_0_on_the_way_is_an_error() -> None:
+    model = make(surrogate="spo", clip_range=lambda progress: 0.2 if progress in (0, 1) else 0.0)
+    with pytest.raises(ValueError, match=r"`clip_range\(progress_remaining=0\.\d+\)` must be a finite number > 0, not 0\.0"):
+        model.learn(480)
 
 
 def test_a_learning_rate_that_has_fallen_below_0_can_be_loaded(tmp_path: Path) -> None:

@@ -309,6 +309,15 @@ def saved(folder: Path, **kwargs: Any) -> None:
     model.learn(5 * 2 * N_STEPS, ResumableCheckpointCallback(folder, **kwargs))
 
 
+def test_a_checkpoints_model_can_be_loaded(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model, before = (PPO.load(tmp_path / f"ppo_{steps}_steps.checkpoint", device="cpu") for steps in (160, 128))
+    assert model.num_timesteps == 5 * 2 * N_STEPS
+    assert not th.equal(model.policy.action_net.weight, before.policy.action_net.weight)
+    resumed = PPO.resume(str(tmp_path), make_vec_env("CartPole-v1", 2), device="cpu")
+    assert_same_tensors(model.policy.state_dict(), resumed.policy.state_dict())
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     saved(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ppo_128_steps.checkpoint", "ppo_160_steps.checkpoint"]
@@ -422,6 +431,50 @@ def test_tensorboard_goes_on_in_the_runs_own_folder_with_each_step_once(tmp_path
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["PPO_1", "PPO_2"]
     for key in ("train/loss", "train/kl_per_epoch", "rollout/ep_rew_mean"):
         assert logged(tmp_path / "runs", key) == logged(tmp_path / "whole", key)
+
+
+def test_an_update_that_was_left_out_repeats_no_step_in_tensorboard(tmp_path: Path) -> None:
+    """The checkpoint behind it has nothing of the update before to write again."""
+
+    class Spoil(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            if self.num_timesteps == 3 * 2 * N_STEPS:
+                self.model.rollout_buffer.rewards[0] = np.nan
+
+        def _on_step(self) -> bool:
+            return True
+
+    arguments = {**SETTINGS, "on_nonfinite": "restore", "tensorboard_log": str(tmp_path)}
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), **arguments)
+    callbacks = [Spoil(), ResumableCheckpointCallback(tmp_path), Interrupt(3 * 2 * N_STEPS + 2)]
+    with pytest.warns(UserWarning, match="update 3 is left out"), pytest.raises(CrashError):
+        model.learn(5 * 2 * N_STEPS, callbacks)
+    PPO.resume(tmp_path, make_vec_env("CartPole-v1", 2), device="cpu")
+    steps = [step for step, _ in logged(tmp_path, "train/kl_per_epoch")]
+    assert len(steps) == 4 * 2
+    assert sorted(set(steps)) == steps
+
+
+@pytest.mark.parametrize("algorithm", [PPO, MaskablePPO])
+def test_callbacks_find_the_names_that_they_find_in_learn(algorithm: Any, tmp_path: Path) -> None:
+    found: list[dict[str, Any]] = []
+
+    class Look(BaseCallback):
+        def _on_training_start(self) -> None:
+            found.append({name: self.locals[name] for name in self.locals if name not in ("self", "callback", "use_masking")})
+            assert self.locals["self"] is self.model
+
+        def _on_step(self) -> bool:
+            return True
+
+    def make_env() -> VecEnv:
+        return make_vec_env(MaskedEnv, 2, env_kwargs={"action": "discrete"})
+
+    model = algorithm("MlpPolicy", make_env(), **SETTINGS)
+    with pytest.raises(CrashError):
+        model.learn(100, [Look(), ResumableCheckpointCallback(tmp_path), Interrupt(40)], tb_log_name="mine")
+    algorithm.resume(tmp_path, make_env(), Look(), device="cpu")
+    assert found[1] == {**found[0], "iteration": 1}
 
 
 def logged(folder: Path, key: str) -> list[tuple[int, float]]:

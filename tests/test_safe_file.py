@@ -20,11 +20,13 @@ import pytest
 import stable_baselines3
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ppo_variants import PPO, PPOKL, KLCoefController, RewardsToGoRolloutBuffer, UntrustedFileError, safe_file
+from sb3_ppo_variants.kl_coef import KLCoefState
 from tests.environments import RandomEnv
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -269,9 +271,80 @@ def test_custom_objects_take_the_place_of_what_was_left_out(tmp_path: Path) -> N
     def constant(progress: float) -> float:
         return 1e-3
 
-    names = ("learning_rate", "lr_schedule")
-    trained(learning_rate=constant).save(tmp_path / "model.zip", exclude=names, safe=True)
-    assert load(tmp_path / "model.zip", custom_objects=dict.fromkeys(names, constant)).lr_schedule(1.0) == 1e-3
+    trained(learning_rate=constant).save(tmp_path / "model.zip", exclude=iter(["learning_rate"]), safe=True)
+    for safe in (True, False):
+        for where in ({"custom_objects": {"learning_rate": constant}}, {"learning_rate": constant}):
+            loaded: PPO = PPO.load(tmp_path / "model.zip", device="cpu", safe=safe, **where)  # type: ignore[arg-type]
+            assert loaded.lr_schedule(1.0) == 1e-3
+        with pytest.raises(UntrustedFileError, match="`learning_rate` couldn't be saved as plain data, and must be given in"):
+            PPO.load(tmp_path / "model.zip", device="cpu", safe=safe)
+
+
+class Slow(KLCoefController):
+    """A rule of one's own."""
+
+    def update(self, state: KLCoefState, kl: float, kl_target: float) -> KLCoefState:
+        return KLCoefState(state.kl_coef * 1.1, *state[1:])
+
+
+def test_a_beta_that_a_rule_of_ones_own_has_adapted_goes_on(tmp_path: Path) -> None:
+    model = trained(clip_range=None, kl_coef=Slow())
+    model.save(tmp_path / "model", exclude=["kl_coef"], safe=True)
+    loaded = load(tmp_path / "model", custom_objects={"kl_coef": Slow()})
+    assert loaded.kl_coef_state == model.kl_coef_state
+    assert loaded.kl_coef_state is not None
+    assert loaded.kl_coef_state.kl_coef == pytest.approx(1.1**2)
+
+
+class Policy(ActorCriticPolicy):
+    """The caller's own."""
+
+
+def test_what_is_plain_data_may_be_left_out_for_good(tmp_path: Path) -> None:
+    """As from SB3's files."""
+    trained(target_kl=0.1).save(tmp_path / "model", exclude=["target_kl", "rollout_buffer"], safe=True)
+    assert load(tmp_path / "model").target_kl is None
+
+
+def test_a_policy_of_ones_own_has_to_be_given(tmp_path: Path) -> None:
+    model = PPO(Policy, "CartPole-v1", **SMALL)
+    model.save(tmp_path / "model", exclude=["policy_class"], safe=True)
+    assert_same_policy(load(tmp_path / "model", custom_objects={"policy_class": Policy}), model)
+    for safe in (True, False):
+        with pytest.raises(UntrustedFileError, match="`policy_class` couldn't be saved as plain data, and must be given"):
+            PPO.load(tmp_path / "model", device="cpu", safe=safe)
+
+
+class Warm(LinearSchedule):
+    def __call__(self, progress_remaining: float) -> float:
+        return 1e-5 if progress_remaining > 0.9 else super().__call__(progress_remaining)
+
+
+class Padded(spaces.Box):
+    pass
+
+
+class Keyed(spaces.Dict):
+    pass
+
+
+@pytest.mark.parametrize(
+    "value", [Slow(), Warm(1e-3, 0.0, 1.0), Padded(-1, 1, (2,)), Keyed({"a": spaces.Discrete(2)}), np.ma.masked_array([1.0])]
+)
+def test_a_subclass_is_not_saved_as_what_it_derives_from(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`name` can't be saved as plain data, as it is a .*{type(value).__name__}: leave"):
+        safe_file.to_plain("name", value)
+
+
+@pytest.mark.parametrize("algorithm", ["RecurrentPPO", "MaskablePPO"])
+def test_a_file_of_another_algorithms_policy_is_refused(algorithm: str, tmp_path: Path) -> None:
+    contrib = pytest.importorskip("sb3_ppo_variants.contrib")
+    policy = "MlpLstmPolicy" if algorithm == "RecurrentPPO" else "MlpPolicy"
+    getattr(contrib, algorithm)(policy, "CartPole-v1", **SMALL).save(tmp_path / "model", safe=True)
+    with pytest.raises(
+        UntrustedFileError, match=r"`policy_class` must be one of ActorCriticPolicy, .* is it another algorithm's"
+    ):
+        load(tmp_path / "model")
 
 
 def test_a_file_of_sb3_names_what_would_be_unpickled(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_variants import PPO, PPOKL, GymnasiumVecEnv, RewardsToGoRolloutBuffer
+from sb3_ppo_variants import PPO, PPOKL, GymnasiumVecEnv, NonFiniteError, RewardsToGoRolloutBuffer
+from sb3_ppo_variants.rollout import KEPT, drop_others, places
 from sb3_ppo_variants.vec_env import Infos
 from tests.environments import RandomEnv
 from tests.test_parity import assert_same_tensors
@@ -262,6 +263,46 @@ def test_recomputed_advantages_leave_resets_out() -> None:
     model, rollouts = make(clocks(NEXT), n_value_epochs=1, value_learning_rate=0.0, critic_first=True), Rollouts()
     model.learn(60, rollouts)
     np.testing.assert_allclose(model.rollout_buffer.advantages, rollouts.rollouts[-1]["advantages"], rtol=1e-4, atol=1e-5)
+
+
+class FaultyClock(Clock):
+    def reward(self) -> float:
+        return np.nan if (self.number, self.episode, self.step_number) == (1, 2, 2) else 0.0
+
+
+def test_nan_is_told_where_it_was_although_resets_are_left_out() -> None:
+    """Environment 1 resets in steps 3 and 7, so that its third episode's second reward comes in step 9."""
+    env = Native(SyncVectorEnv([lambda number=number: FaultyClock(number) for number in range(N_ENVS)], autoreset_mode=NEXT))  # type: ignore[misc]
+    with pytest.raises(NonFiniteError, match="of environment 1 at step 9 of the rollout is nan in update 1"):
+        make(env).learn(60)
+
+
+def test_samples_are_known_by_environment_and_step() -> None:
+    buffer = RolloutBuffer(3, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), n_envs=2)
+    envs, steps = places(buffer)
+    assert (envs.tolist(), steps.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
+    vars(buffer)[KEPT] = np.array([[True, True], [False, True], [True, False]])
+    drop_others(buffer)
+    envs, steps = places(buffer)
+    assert (envs.tolist(), steps.tolist()) == ([0, 0, 1, 1], [0, 2, 0, 1])
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_observations_stand_in_memory_as_sb3s(mode: AutoresetMode) -> None:
+    """Bits of products depend on it: gymnasium's vectorised CartPole hands out a transposed array."""
+
+    class Transposed(VectorWrapper[Any, Any, Any, Any, Any]):
+        def reset(self, **kwargs: Any) -> Any:
+            observations, infos = super().reset(**kwargs)
+            return np.asfortranarray(observations), infos
+
+        def step(self, actions: Any) -> Any:
+            observations, *rest = super().step(actions)
+            return np.asfortranarray(observations), *rest
+
+    env = GymnasiumVecEnv(Transposed(clocks(mode)))
+    assert env.reset().flags.c_contiguous  # type: ignore[union-attr]
+    assert env.step(np.zeros(N_ENVS, dtype=np.int64))[0].flags.c_contiguous  # type: ignore[union-attr]
 
 
 def test_a_rollout_without_resets_stays_as_it_is() -> None:

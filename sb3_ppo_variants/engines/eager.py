@@ -76,7 +76,7 @@ class EagerEngine(Engine):
         values, kept = predict_values(self._policy, minibatch.samples), unpadded(minibatch.samples)
         values = values if kept is None else values[kept]
         loss = value_loss(values, _samples(minibatch), self._coefs.clip_range_vf, _mean(minibatch))
-        self._differentiated = self._critic_parameters
+        self._differentiated = [parameter for parameter in self._critic_parameters if parameter.requires_grad]
         self._loss = vf_coef * loss
         return {"value_loss": loss.detach()}
 
@@ -87,14 +87,23 @@ class EagerEngine(Engine):
     def backward(self) -> Metrics:
         """The gradient, in ``parameter.grad``."""
         self._policy.optimizer.zero_grad()
-        self._loss.backward(inputs=self._differentiated)  # type: ignore[no-untyped-call]
+        if not self._is_frozen():
+            self._loss.backward(inputs=self._differentiated)  # type: ignore[no-untyped-call]
         if self._ranks.several:
             self._average_gradients()
         grad_norm = th.nn.utils.clip_grad_norm_(self._policy.parameters(), self._max_grad_norm)
         return {"grad_norm": grad_norm.detach()}
 
+    def _is_frozen(self) -> bool:
+        """Whether the actor, or the critic, that has passes of its own is frozen; if all is, torch says so, as under SB3."""
+        if self._differentiated is not None:
+            return not self._differentiated
+        return self._coefs.critic_apart and not self._loss.requires_grad
+
     def _average_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None]
+        if not gradients:
+            return
         flat = th.cat([gradient.flatten() for gradient in gradients])
         self._ranks.average(flat)
         for gradient, mean in zip(gradients, th.split(flat, [each.numel() for each in gradients]), strict=True):

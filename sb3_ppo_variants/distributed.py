@@ -1,5 +1,6 @@
 """The ranks: processes, started by torchrun, that train one model together; what they tell each other, and who is missing."""
 
+import atexit
 import functools
 import io
 import os
@@ -46,7 +47,6 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self._cpu_group: dist.ProcessGroup | None = None
         self._name = ""
         self._place = 0
 
@@ -81,7 +81,7 @@ class Ranks:
             return
         if not dist.is_initialized():
             make_group(_timeout())
-        self._cpu_group = _group_on_cpu()
+            atexit.register(_leave)
         self._name = self.broadcast(uuid.uuid4().hex)
 
     def average(self, tensor: th.Tensor) -> None:
@@ -95,7 +95,7 @@ class Ranks:
         if tensor.is_cuda:
             dist.all_reduce(tensor)
             return
-        work = dist.all_reduce(tensor, group=self._cpu_group, async_op=True)
+        work = dist.all_reduce(tensor, group=_group_on_cpu(), async_op=True)
         # A core that goes to sleep takes longer to wake up than the others take to come, mostly.
         deadline = time.perf_counter() + AWAKE
         while not work.is_completed() and time.perf_counter() < deadline:
@@ -124,7 +124,7 @@ class Ranks:
         values = [value] * self.size
         if self.several:
             with self._together():
-                dist.all_gather_object(values, value, group=self._cpu_group)
+                dist.all_gather_object(values, value, group=_group_on_cpu())
         return values
 
     def gather_at_first(self, value: Any) -> list[Any] | None:
@@ -133,7 +133,7 @@ class Ranks:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_first else None
         with self._together():
-            dist.gather_object(value, values, dst=0, group=self._cpu_group)
+            dist.gather_object(value, values, dst=0, group=_group_on_cpu())
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -142,7 +142,7 @@ class Ranks:
             return value
         values = [value]
         with self._together():
-            dist.broadcast_object_list(values, src=0, group=self._cpu_group)
+            dist.broadcast_object_list(values, src=0, group=_group_on_cpu())
         return values[0]
 
     def scatter(self, values: list[Any] | None) -> Any:
@@ -152,7 +152,7 @@ class Ranks:
             return values[0]
         mine: list[Any] = [None]
         with self._together():
-            dist.scatter_object_list(mine, values, src=0, group=self._cpu_group)
+            dist.scatter_object_list(mine, values, src=0, group=_group_on_cpu())
         return mine[0]
 
     def arrive(self) -> None:
@@ -232,8 +232,21 @@ def _group_of(world: Any) -> Any:
 
 
 def _group_on_cpu() -> Any:
-    """The default group if it can exchange what is in main memory, else one of gloo's beside it."""
+    """The default group if it can exchange what is in main memory, else one of gloo's beside it; not to be kept."""
     return dist.group.WORLD if "cpu:" in str(dist.get_backend_config()) else _group_of(dist.group.WORLD)
+
+
+def _leave() -> None:
+    """
+    End the group of this process before Python ends.
+
+    gloo's threads may still have a tensor to give back, and a thread that does so when Python has gone aborts the process
+    (`PyTorch's pull request 179291 <https://github.com/pytorch/pytorch/pull/179291>`_). They end with the last reference to
+    their group. NCCL's groups end by themselves: it may wait for ranks that have died.
+    """
+    _group_of.cache_clear()
+    if dist.is_initialized() and not th.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        dist.destroy_process_group()
 
 
 def to_bytes(value: Any) -> bytes:

@@ -25,6 +25,8 @@ def make_group(timeout: timedelta) -> None:
     :param timeout: of the group, and of the wait for all
     :raises LostRankError: if they don't all come in time
     """
+    # A module whose functions have the group for a default would keep it, with its threads, if it were imported later.
+    import torch.distributed.nn.functional  # noqa: F401
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in all builds of torch
 
     try:

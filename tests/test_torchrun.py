@@ -46,10 +46,16 @@ def results(folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a training in which nothing goes wrong."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     process = start(folder)
     assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Any:
     return results(folder)
 
 
@@ -57,6 +63,14 @@ def test_ranks_end_with_one_model(uninterrupted: list[Any]) -> None:
     first, second = uninterrupted
     assert first == second
     assert first["num_timesteps"] == 6 * 16 * 2 * 2
+
+
+def test_no_thread_of_gloo_is_left_when_python_ends(folder: Path) -> None:
+    """One that gives back a tensor when Python has gone aborts the process."""
+    for rank in range(2):
+        names = json.loads((folder / f"threads_{rank}.json").read_text())
+        assert names
+        assert not [name for name in names if "gloo" in name]
 
 
 def test_a_training_that_is_killed_goes_on_from_its_last_update(uninterrupted: list[Any], tmp_path: Path) -> None:

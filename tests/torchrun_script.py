@@ -1,6 +1,7 @@
 """A training for torchrun to start, in which something may go wrong; a script as users write them."""
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -41,12 +42,18 @@ class Fault(BaseCallback):
         return True
 
 
+def keep_names_of_threads(folder: Path) -> None:
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    (folder / f"threads_{os.environ['RANK']}.json").write_text(json.dumps(names))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fault", default="none")
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
+    atexit.register(keep_names_of_threads, options.folder)  # the first that is registered is called last
     os.environ["SB3_PPO_VARIANTS_TIMEOUT"] = str(options.timeout)
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         time.sleep(2)  # the address of the rank that was killed is still in torchrun's store, for rank 0 to find

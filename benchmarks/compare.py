@@ -19,7 +19,7 @@ from benchmarks.grid import Grid, GridError, included, make_grid, one_of, overri
 from benchmarks.job import Job
 from benchmarks.report import write_report
 from benchmarks.result import Folder, ResultsError
-from benchmarks.scheduling import BACKENDS, InterruptedGridError, run_jobs
+from benchmarks.scheduling import BACKENDS, run_jobs
 from benchmarks.training import make_callbacks, make_env, make_model
 from benchmarks.variants import VARIANTS
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with plan.folder.locked():
             plan.folder.check(jobs)
             left = [job for job in jobs if not plan.folder.finished(job)]
-            check_jobs(left, plan.options.video)
+            check_jobs(left, plan.options.backend, plan.options.video)
             return _compare(plan, jobs, left)
     except (GridError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}. What has been finished is kept.", file=sys.stderr)
         return EXIT_FAILED
-    except (InterruptedGridError, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        print(f"\n{reason}. What has been finished is kept: the same command goes on from there.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted. What has been finished is kept: the same command goes on from there.", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -95,14 +94,17 @@ def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def check_jobs(jobs: Sequence[Job], video: bool) -> None:
+def check_jobs(jobs: Sequence[Job], backend: str, video: bool) -> None:
     """
     Build everything once, so that what is wrong with it shows before any job starts.
 
     :param jobs: what to train
+    :param backend: that runs them
     :param video: whether videos are to be recorded
     :raises GridError: if something can't be built
     """
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise GridError("--backend ray needs the package ray (pip install ray)")
     if video and importlib.util.find_spec("moviepy") is None:
         raise GridError("--video needs the package moviepy (pip install moviepy)")
     for job in {job.env: job for job in jobs}.values():
@@ -175,22 +177,23 @@ def _plan(arguments: Sequence[str] | None) -> Plan:
 
 def _content(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What the file says, and the command line over it; and a name for it."""
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"variants": {"clip": {}, "adaptive_kl": {}, "fixed_kl_3": {}}}
     name = "compare"
     if options.grid is not None:
-        content, name = read_grid(options.grid), options.grid.stem
+        content, name = {**content, **read_grid(options.grid)}, options.grid.stem
     for kind in ("preset", "study"):
         if (chosen := getattr(options, kind)) is not None:
             grids = included(kind)
-            content, name = read_grid(grids[one_of(kind, chosen, grids)]), chosen
+            content, name = {**content, **read_grid(grids[one_of(kind, chosen, grids)])}, chosen
+    if "envs" not in content and not options.env:
+        raise GridError("--env is missing: name one or several environments, or a --grid, --preset or --study")
+    # What a file says is checked before flags change or hide it.
+    make_grid({"envs": options.env, **content}, str(options.grid or name)).check_claims()
     flags = {"envs": options.env, "variants": options.variants, "seeds": options.seeds, "timesteps": options.timesteps}
     flags |= {"n_envs": options.n_envs, "normalize": options.normalize}
     for key, value in flags.items():
         if value is not None:
             content[key] = _chosen(key, value, content.get(key))
-    if "envs" not in content:
-        raise GridError("--env is missing: name one or several environments, or a --grid, --preset or --study")
-    content.setdefault("variants", {"clip": {}, "adaptive_kl": {}, "fixed_kl_3": {}})
     if options.set:
         if isinstance(content["variants"], list):
             content["variants"] = dict.fromkeys(content["variants"])

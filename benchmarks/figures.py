@@ -1,7 +1,7 @@
 """Figures of comparisons."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +11,6 @@ import pandas as pd
 
 from benchmarks.result import Result
 from benchmarks.stats import Estimate, curve_band, performance_profile
-from benchmarks.variants import VARIANTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,13 +32,14 @@ Styles: TypeAlias = Mapping[str, dict[str, Any]]
 """How each variant is drawn, in all figures."""
 
 
-def styles_of(variants: Sequence[str]) -> Styles:
+def styles_of(cells: Cells) -> Styles:
     """
     Colours for variants; SB3's own algorithms are dashed, as the same bits make the same line as ours.
 
-    :param variants: their names, in their order
+    :param cells: the results
     """
-    lines = {name: "--" for name in variants if name in VARIANTS and VARIANTS[name].algorithm != "ppo"}
+    _, variants = _axes_of(cells)
+    lines = {variant: "--" for (_, variant), results in cells.items() if results[0].job.algorithm != "ppo"}
     cycle = itertools.cycle((color, line) for line in ("-", ":", "-.") for color in COLORS)
     return {
         name: {"color": color, "linestyle": lines.get(name, line)}
@@ -87,7 +87,7 @@ def learning_curves(cells: Cells, styles: Styles, path: Path) -> None:
         if not axis.lines:
             axis.annotate("no episode has ended", (0.5, 0.5), xycoords="axes fraction", ha="center")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(figure, panels[0][1])
+    _legend(figure, [axis for _, axis in panels])
     seeds = {len(results) for results in cells.values()}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     _save(figure, path, f"Interquartile mean of {count} seeds and its 95 % bootstrap interval")
@@ -357,9 +357,9 @@ def _band(axis: Axes, steps: np.ndarray, curves: np.ndarray, label: str, styles:
         axis.fill_between(steps[known], low, high, color=styles[label]["color"], alpha=0.15, lw=0)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside right center")
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside right center")
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:

@@ -109,6 +109,16 @@ class Grid(Model):
             for name, change in self.variants.items()
         ]
 
+    def check_claims(self) -> None:
+        """
+        Look whether all claims are of something here.
+
+        :raises GridError: if an environment or a variant of theirs is unknown
+        """
+        for claim in self.claims:
+            one_of("env in claims", claim.env, self.envs)
+            one_of("variant in claims", claim.variant, self.variants)
+
     def _job(self, env: str, task: Task, name: str, change: Change, seed: int) -> Job:
         variant = VARIANTS[one_of("variant", change.of or name, VARIANTS)]
         parameters = _parameters(variant.algorithm)

@@ -1,7 +1,9 @@
 """The report of a comparison: tables, warnings, figures and CSV files, all from its results."""
 
 import functools
+import itertools
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import figures
-from benchmarks.claims import Claim
 from benchmarks.grid import Grid
 from benchmarks.result import EPISODES, FINAL, Result, write_whole
 from benchmarks.stats import (
@@ -95,11 +96,12 @@ class Comparison:
         for env, variant in self.cells:
             own = self.jobs[(self.jobs["env"] == env) & (self.jobs["variant"] == variant)]
             finals, theirs = self.finals.get((env, variant)), self.finals.get((env, self.baseline))
-            row = {"env": env, "variant": variant, "n_seeds": len(own)}
+            row = {"env": env, "variant": variant, "n_seeds": len(own), "random_return": self.random[env]}
             if finals is not None:
                 row |= _spread("final_return", iqm_estimate([finals]))
             if finals is not None and theirs is not None and variant != self.baseline:
-                row |= _spread("improvement", improvement_estimate([finals], [theirs])) | {"p_value": p_value(finals, theirs)}
+                row |= _spread("improvement", improvement_estimate([finals], [theirs]))
+            row |= dict(zip(("p_value", "p_corrected"), self.p_values.get((env, variant), ()), strict=False))
             steps = own["steps_to_threshold"]
             row |= {
                 "threshold": own["threshold"].iloc[0],
@@ -136,15 +138,35 @@ class Comparison:
             if self.best and all((env, variant) in self.finals for env in self.best)
         }
 
+    @functools.cached_property
+    def p_values(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Of each variant against the baseline: p, and p after Holm's correction for all variants on that environment."""
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+        for env in self.envs:
+            if (env, self.baseline) in self.finals:
+                others = [each for each in self.variants if (env, each) in self.finals and not self._is_baseline(env, each)]
+                own = np.array([p_value(self.finals[env, each], self.finals[env, self.baseline]) for each in others])
+                found |= {(env, each): pair for each, pair in zip(others, zip(own, holm(own), strict=True), strict=True)}
+        return found
+
+    def _is_baseline(self, env: str, variant: str) -> bool:
+        """Also SB3's PPO with clip's settings: it is there to show that nothing differs."""
+        job, baseline = (self.cells[env, each][0].job for each in (variant, self.baseline))
+        is_control = job.algorithm == "sb3_ppo" and job.arguments.items() <= baseline.arguments.items()
+        return variant == self.baseline or (is_control and self.baseline == BASELINE)
+
     def alike(self) -> dict[str, list[str]]:
-        """By environment, the variants that may as well be the baseline, after Holm's correction for all comparisons."""
-        pairs = [key for key in self.finals if key[1] != self.baseline and (key[0], self.baseline) in self.finals]
-        p_values = np.array([p_value(self.finals[env, variant], self.finals[env, self.baseline]) for env, variant in pairs])
+        """By environment, the variants that may as well be the baseline."""
         alike: dict[str, list[str]] = {}
-        for (env, variant), corrected in zip(pairs, holm(p_values), strict=True):
+        for (env, variant), (_, corrected) in self.p_values.items():
             if corrected > 1 - CONFIDENCE:
                 alike.setdefault(env, []).append(variant)
         return alike
+
+    @property
+    def n_comparisons(self) -> int:
+        """With the baseline on one environment, at most."""
+        return max(sum(env == each for each, _ in self.p_values) for env in self.envs)
 
 
 def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Mapping[str, str]) -> str:
@@ -152,7 +174,7 @@ def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Ma
     Write everything about a grid's results into a folder.
 
     ``report.md``; ``episodes.csv.gz`` and ``updates.csv.gz`` (the raw results, with each rollout's mean return), ``jobs.csv``
-    (one row a run), ``summary.csv`` (the tables' numbers), and figures.
+    (one row a run), ``summary.csv`` (the tables' numbers), and figures. They replace an earlier report when all are written.
 
     :param grid: what was compared
     :param results: of the runs that have been finished, at least one
@@ -162,13 +184,16 @@ def write_report(grid: Grid, results: Sequence[Result], folder: Path, failed: Ma
     """
     comparison = Comparison(grid, results, _random_returns(results, folder))
     summary = comparison.summary()
-    _write_csv(comparison, summary, folder)
-    names = _draw(comparison, summary, folder)
-    tables = "\n\n".join([*_tables(comparison, summary), *_claims(grid.claims, results), *_warnings(comparison, failed)])
+    tables = "\n\n".join([*_tables(comparison, summary), *_claims(grid, results), *_warnings(comparison, failed)])
     title = grid.title or " on ".join(map(", ".join, (comparison.variants, comparison.envs)))
-    pictures = "\n\n".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in names)
-    text = "\n\n".join([f"# {title}", tables, pictures, _explanations(comparison), _origin(results), _settings(grid)])
-    (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".report") as new:
+        _write_csv(comparison, summary, Path(new))
+        names = _draw(comparison, summary, Path(new))
+        pictures = "\n\n".join(f"![{name.replace('_', ' ')}]({name}.png)" for name in names)
+        text = "\n\n".join([f"# {title}", tables, pictures, _explanations(comparison), _origin(results), _settings(grid)])
+        (Path(new) / "report.md").write_text(text + "\n", encoding="utf-8")
+        for file in Path(new).iterdir():
+            file.replace(folder / file.name)
     return tables
 
 
@@ -192,7 +217,7 @@ def _write_csv(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> N
 
 def _draw(comparison: Comparison, summary: pd.DataFrame, folder: Path) -> list[str]:
     """Draw the figures; return the names of those that there are."""
-    styles = figures.styles_of(comparison.variants)
+    styles = figures.styles_of(comparison.cells)
     figures.learning_curves(comparison.cells, styles, folder / "learning_curves.png")
     estimates = {
         (row["env"], row["variant"]): Estimate(row["improvement"], row["improvement_low"], row["improvement_high"])
@@ -245,7 +270,7 @@ def _row(row: "pd.Series[float]") -> tuple[str, ...]:
         str(row["variant"]),
         _interval(row, "final_return", ".4g"),
         _interval(row, "improvement", ".2f"),
-        "<0.001" if row.get("p_value", 1.0) < 0.0005 else _number(row.get("p_value"), ".3f"),
+        "<0.001" if row.get("p_corrected", 1.0) < 0.0005 else _number(row.get("p_corrected"), ".3f"),
         f"{row['n_solved']:.0f} of {row['n_seeds']:.0f}",
         f"{steps:,.0f}" if np.isfinite(steps) else "-",
         _number(row["median_kl"], ".2g"),
@@ -265,21 +290,22 @@ def _interval(row: "pd.Series[float]", name: str, form: str) -> str:
     return _number(value, form) + bounds
 
 
-def _claims(claims: Sequence[Claim], results: Sequence[Result]) -> list[str]:
+def _claims(grid: Grid, results: Sequence[Result]) -> list[str]:
     rows = []
-    for claim in claims:
+    for claim in grid.claims:
         values = claim.values(results)
         if len(values):
-            low, middle, high = (_number(value, ".4g") for value in np.quantile(values, [0, 0.5, 1], method="nearest"))
+            low, middle, high = (_number(value, ".4g") for value in (values.min(), np.median(values), values.max()))
             bound = f"at least {claim.at_least:g}" if claim.at_least is not None else f"at most {claim.at_most:g}"
             measure = claim.measure.replace("_", " ") + ("" if claim.of_return is None else f" {claim.of_return:g}")
             wanted = f"{measure} {bound}, {'median' if claim.seeds == 'median' else 'all seeds'}"
-            reached = f"{middle} ({low} to {high}, {len(values)} seeds)"
-            rows.append(
-                (claim.says, f"{claim.variant} on {claim.env}: {wanted}", reached, "yes" if claim.holds(values) else "no")
-            )
+            n_seeds = f"{len(values)} of {grid.seeds} seeds" if len(values) < grid.seeds else f"{grid.seeds} seeds"
+            holds = "yes" if claim.holds(values) else "no"
+            verdict = "not all seeds yet" if len(values) < grid.seeds else holds
+            reached = f"{middle} ({low} to {high}, {n_seeds})"
+            rows.append((claim.says, f"{claim.variant} on {claim.env}: {wanted}", reached, verdict))
     return (
-        [f"## What was to be shown\n\n{markdown([('reported', 'here', 'reached (median, range)', 'holds'), *rows])}"]
+        [f"## What was to be shown\n\n{markdown([('claim', 'here', 'reached (median, range)', 'holds'), *rows])}"]
         if rows
         else []
     )
@@ -301,12 +327,13 @@ def _warnings(comparison: Comparison, failed: Mapping[str, str]) -> list[str]:
         texts.append(
             f"No run is better than random actions on {', '.join(unscaled)}: left out of what is said of all environments."
         )
-    n_seeds = min(counts)
-    if smallest_p_value(n_seeds) > 1 - CONFIDENCE:
+    n_seeds, n_comparisons = min(counts), comparison.n_comparisons
+    smallest = smallest_p_value(n_seeds, n_comparisons)
+    if n_comparisons and smallest > 1 - CONFIDENCE:
         count = "1 seed is" if n_seeds == 1 else f"{n_seeds} seeds are"
         texts.append(
             f"{count} too few to tell variants apart: even if all runs of one beat all of the other, p is "
-            f"{smallest_p_value(n_seeds):.2g}. Take at least {_enough_seeds()}."
+            f"{smallest:.2g}. Take at least {_enough_seeds(n_comparisons)}."
         )
     for env, variants in comparison.alike().items():
         texts.append(f"With these seeds {comparison.baseline} can't be told apart on {env} from: {', '.join(variants)}.")
@@ -319,8 +346,8 @@ def _warnings(comparison: Comparison, failed: Mapping[str, str]) -> list[str]:
     return ["## Read with care\n\n" + "\n".join(f"- {text}" for text in texts)] if texts else []
 
 
-def _enough_seeds() -> int:
-    return next(n for n in range(1, 100) if smallest_p_value(n) <= 1 - CONFIDENCE)
+def _enough_seeds(n_comparisons: int) -> int:
+    return next(n for n in itertools.count(1) if smallest_p_value(n, n_comparisons) <= 1 - CONFIDENCE)
 
 
 def _explanations(comparison: Comparison) -> str:
@@ -330,10 +357,13 @@ def _explanations(comparison: Comparison) -> str:
 - final return: of a run, the mean of the training episodes that have ended in the last {FINAL:.0%} of its time steps (of the
   last episode, if none has); of a variant, the interquartile mean of its runs (of fewer than four: their mean), with the 95 %
   interval of a bootstrap over seeds, stratified by environment. Training episodes are played by the stochastic policy.
+  With fewer than ten seeds these intervals are too short: of five normally distributed runs nine in ten cover the truth, of
+  three three in four.
 - beats {baseline}: the probability that a run drawn at random has a higher final return than one of {baseline}, with the same
-  kind of interval. With fewer than ten seeds these intervals are too short: of five normally distributed runs nine in ten
-  cover the truth, of three three in four. What can be told apart is decided by p, of a two-sided Mann-Whitney test, after
-  Holm's correction for all comparisons here.
+  kind of interval. The closer to 0 or 1, the more these intervals are too short, and there is none at 0 and 1 themselves.
+- p: what can be told apart from {baseline} is decided by p of a two-sided Mann-Whitney test, after Holm's correction for all
+  variants on that environment: below 0.05, the chance that any of an environment's findings is false is at most 5 %. SB3's own
+  PPO with {baseline}'s settings is the same algorithm, and isn't tested.
 - reached: how many runs have reached a mean return, and after how many time steps (median). It is gymnasium's or the grid's,
   of {EPISODES} consecutive episodes; for tasks without one it is {WAY:.0%} of the way from random actions to {baseline}'s
   final return, over a tenth of the run's steps.

@@ -267,5 +267,5 @@ def write_whole(file: Path, text: str) -> None:
 
 def _differences(found: Job, wanted: Job) -> str:
     """In words; nothing if there are none."""
-    one, other = found.model_dump(), wanted.model_dump()
+    one, other = (json.loads(json.dumps(job.model_dump())) for job in (found, wanted))  # which has no tuples
     return ", ".join(f"{name} {one[name]!r} and not {other[name]!r}" for name in other if one[name] != other[name])

@@ -11,7 +11,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any, Protocol, TypeAlias
 
 import joblib
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 from tqdm import tqdm
 
 from benchmarks.job import Job
@@ -24,6 +24,7 @@ BACKENDS = ("loky", "ray", "sequential")
 
 News: TypeAlias = "int | tuple[str, str | None, str | None] | None"
 """New time steps; or a job's name, its result if it may be on another disk, its traceback; or that nothing follows."""
+DIED = "its process has died, also when it ran by itself: a crash, or too little memory"
 
 
 class NewsQueue(Protocol):
@@ -34,10 +35,6 @@ class NewsQueue(Protocol):
 
     def get(self) -> News:
         """Listen."""
-
-
-class InterruptedGridError(Exception):
-    """Not all jobs have run; the message says why. Those that have are kept."""
 
 
 def run_jobs(
@@ -59,29 +56,41 @@ def run_jobs(
     :param tensorboard: whether to write TensorBoard's files
     :param video: whether to record videos of each variant's first seed
     :return: what has gone wrong in each job that has failed, by the jobs' names
-    :raises InterruptedGridError: if a process has been killed
     """
     failed: dict[str, str] = {}
-    origin = provenance()
     total = sum(job.timesteps for job in jobs)
     with (
         tqdm(total=total, unit="step", unit_scale=True, mininterval=0.5, smoothing=0.05) as bar,
         _listening({job.name: job for job in jobs}, folder, bar, failed, backend) as queue,
+        joblib.parallel_config(backend=backend, n_jobs=n_jobs),
     ):
-        calls = (
-            joblib.delayed(_run)(
-                job, origin, Folder(folder.path.absolute()), tensorboard, video and job.seed == 0, queue, backend == "ray"
-            )
-            for job in jobs
-        )
-        try:
-            with joblib.parallel_config(backend=backend, n_jobs=n_jobs):
-                joblib.Parallel(batch_size=1)(calls)
-        except TerminatedWorkerError as error:
-            raise InterruptedGridError(
-                "a process has been killed, perhaps for want of memory; try a smaller --jobs"
-            ) from error
+        arguments = (provenance(), Folder(folder.path.absolute()), tensorboard, video, queue, backend == "ray")
+        left = list(jobs)
+        while left:
+            try:
+                joblib.Parallel(batch_size=1)(joblib.delayed(_run)(job, *arguments) for job in left)
+                break
+            except TerminatedWorkerError:
+                left = [job for job in left if not folder.finished(job) and job.name not in failed]
+                # Jobs begin in their order: one of those that ran has ended its process, and others with it.
+                n_running = joblib.effective_n_jobs()
+                for job in left[:n_running]:
+                    if not _runs_alone(job, *arguments):
+                        queue.put((job.name, None, DIED))
+                left = left[n_running:]
     return failed
+
+
+def _runs_alone(job: Job, *arguments: Any) -> bool:
+    """Run a job in a process that has no other; return whether that lives on."""
+    executor = ProcessPoolExecutor(max_workers=1)
+    try:
+        executor.submit(_run, job, *arguments).result()
+    except TerminatedWorkerError:
+        return False
+    finally:
+        executor.shutdown(kill_workers=True)
+    return True
 
 
 def _run(
@@ -90,7 +99,7 @@ def _run(
     """Run a job, perhaps on another machine."""
     if not elsewhere:
         _exit_with_parent()
-    error = train_and_keep(job, origin, folder, tensorboard, video, queue.put)
+    error = train_and_keep(job, origin, folder, tensorboard, video and job.seed == 0, queue.put)
     text = folder.read([job])[0].to_json() if elsewhere and error is None else None
     queue.put((job.name, text, error))
 

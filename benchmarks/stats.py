@@ -15,13 +15,15 @@ import scipy.stats
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 5000
+MAX_ORDERS = 100_000
+"""Of two variants' runs, that are counted one by one."""
 SEED = 0
 """Of the bootstrap, so that a report can be made again."""
 
 
 class Estimate(NamedTuple):
     """
-    A number, and the bounds of its 95 % bootstrap interval, which are NaN with fewer than two runs.
+    A number, and the bounds of its 95 % bootstrap interval, which are NaN where there is none, as with fewer than two runs.
 
     :param value: the number
     :param low: lower bound
@@ -56,6 +58,8 @@ def improvement_estimate(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray
     """
     The probability that a run of one variant beats one of another on a task drawn at random; a tie counts half.
 
+    Where no run is beaten by one of the other variant, or all are, no resample says anything else: there is no interval.
+
     :param ours: scores of shape (n_seeds,), one array a task
     :param theirs: the other variant's, on the same tasks
     """
@@ -65,7 +69,8 @@ def improvement_estimate(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray
         pairs = zip(resampled[:n_tasks], resampled[n_tasks:], strict=True)
         return np.mean([_beaten(*(np.moveaxis(np.asarray(sample), axis, -1) for sample in pair)) for pair in pairs], axis=0)
 
-    return _estimate([*ours, *theirs], probability)
+    estimate = _estimate([*ours, *theirs], probability)
+    return Estimate(estimate.value, math.nan, math.nan) if estimate.value in (0.0, 1.0) else estimate
 
 
 def _beaten(ours: np.ndarray, theirs: np.ndarray) -> Any:
@@ -115,16 +120,23 @@ def p_value(ours: np.ndarray, theirs: np.ndarray) -> float:
     :param ours: scores, shape (n_seeds,)
     :param theirs: scores of the other variant
     """
-    return float(scipy.stats.mannwhitneyu(ours, theirs, alternative="two-sided").pvalue)
+    n_orders = math.comb(len(ours) + len(theirs), len(ours))
+    # With ties, SciPy's own choice would be a normal distribution, whose p can be smaller than any order's of few runs.
+    count = min(len(ours), len(theirs)) > 1 and n_orders <= MAX_ORDERS
+    method: Any = scipy.stats.PermutationMethod(n_resamples=MAX_ORDERS) if count else "auto"
+    return float(scipy.stats.mannwhitneyu(ours, theirs, alternative="two-sided", method=method).pvalue)
 
 
-def smallest_p_value(n_seeds: int) -> float:
+def smallest_p_value(n_seeds: int, n_comparisons: int = 1) -> float:
     """
-    What :func:`p_value` gives if every run of one variant beats every run of the other: 2 orders of all there are.
+    What is left of :func:`p_value`, corrected by :func:`holm`, if all runs of one variant beat all of the other.
+
+    Two of all orders are like that.
 
     :param n_seeds: of each variant
+    :param n_comparisons: that are corrected for
     """
-    return min(1.0, 2 / math.comb(2 * n_seeds, n_seeds))
+    return min(1.0, n_comparisons * 2 / math.comb(2 * n_seeds, n_seeds))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

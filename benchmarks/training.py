@@ -192,12 +192,13 @@ def train(
         callbacks = [recording, *make_callbacks(job)]
         if tensorboard_log is not None and isinstance(model, PPO):
             callbacks.append(TrustRegionLoggingCallback(histogram_freq=10))
-        if videos is not None:
-            callbacks.append(VideoCallback(job, videos))
+        video = None if videos is None else VideoCallback(job, videos)
+        if video is not None:
+            callbacks.append(video)
         start = time.perf_counter()
         # The logs' interval in rollouts: A2C's are many.
         model.learn(job.timesteps, callbacks, log_interval=100 if job.algorithm == "a2c" else 1, tb_log_name=job.name)
-        wall_time = time.perf_counter() - start
+        wall_time = time.perf_counter() - start - (0.0 if video is None else video.seconds)
         model.logger.close()
     finally:
         env.close()

@@ -1,6 +1,7 @@
 """Videos of a policy before, during and after training."""
 
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.job import Job
 
+MAX_STEPS = 2000
+"""Of a video: not all environments have a time limit."""
+
 
 class VideoCallback(BaseCallback):
     """
     Records an episode, played deterministically in an environment of its own: training doesn't notice.
+
+    ``seconds`` is the time that this has taken.
 
     Files: ``<folder>/<env>/<variant>/seed_<n>/before/before-episode-0.mp4``, and the same with ``during`` (after half of the
     steps) and ``after``.
@@ -29,6 +35,7 @@ class VideoCallback(BaseCallback):
         self._job = job
         self._folder = folder / job.name
         self._half = False
+        self.seconds = 0.0
 
     def _on_training_start(self) -> None:
         self._record("before")
@@ -45,6 +52,7 @@ class VideoCallback(BaseCallback):
         self._record("after")
 
     def _record(self, name: str) -> None:
+        start = time.perf_counter()
         folder = self._folder / name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         with warnings.catch_warnings():
@@ -53,10 +61,11 @@ class VideoCallback(BaseCallback):
         env = RecordVideo(env, str(folder), name_prefix=name, episode_trigger=lambda episode: True, disable_logger=True)
         normalizer = self.model.get_vec_normalize_env()
         observation, _ = env.reset(seed=self._job.seed)
-        over = False
-        while not over:
+        for _ in range(MAX_STEPS):
             seen = normalizer.normalize_obs(observation) if isinstance(normalizer, VecNormalize) else observation
             action, _ = self.model.predict(seen, deterministic=True)
             observation, _, terminated, truncated, _ = env.step(action)
-            over = terminated or truncated
+            if terminated or truncated:
+                break
         env.close()  # type: ignore[no-untyped-call]
+        self.seconds += time.perf_counter() - start

@@ -232,7 +232,7 @@ def _group_of(world: Any) -> Any:
 
 
 def _group_on_cpu() -> Any:
-    """The default group if it can exchange what is in main memory, else one of gloo's beside it; not to be kept."""
+    """The default group if it can exchange what is in main memory, else one of gloo's beside it."""
     return dist.group.WORLD if "cpu:" in str(dist.get_backend_config()) else _group_of(dist.group.WORLD)
 
 
@@ -242,9 +242,9 @@ def _leave() -> None:
 
     gloo's threads may still have a tensor to give back, and a thread that does so when Python has gone aborts the process
     (`PyTorch's pull request 179291 <https://github.com/pytorch/pytorch/pull/179291>`_). They end with the last reference to
-    their group. NCCL's groups end by themselves: it may wait for ranks that have died.
+    their group. Where a GPU is used nothing is done, as NCCL may wait for ranks that have died, and then none would say so; a
+    group that the script has made is the script's to end.
     """
-    _group_of.cache_clear()
     if dist.is_initialized() and not th.cuda.is_initialized():  # type: ignore[no-untyped-call]
         dist.destroy_process_group()
 

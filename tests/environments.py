@@ -1,5 +1,7 @@
-"""Small environments that cover the spaces of SB3's PPO."""
+"""Small environments that cover the spaces of SB3's PPO, and one that ends the process."""
 
+import multiprocessing
+import os
 from typing import Any
 
 import gymnasium as gym
@@ -63,3 +65,15 @@ def type_copy(space: spaces.Space[Any]) -> spaces.Space[Any]:
         return spaces.MultiBinary(space.n)
     assert isinstance(space, spaces.Discrete)
     return spaces.Discrete(space.n)
+
+
+class CrashingEnv(RandomEnv):
+    """Ends the process at the first step, if that is one that another Python has started."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if multiprocessing.parent_process() is not None:
+            os.abort()
+        return super().step(action)
+
+
+gym.register("Crashing-v0", entry_point=CrashingEnv)

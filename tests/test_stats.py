@@ -61,8 +61,10 @@ def test_probability_of_improvement_counts_pairs() -> None:
     assert improvement_estimate([ours, theirs], [theirs, ours]).value == pytest.approx(0.5)
 
 
-def test_a_variant_that_always_wins_does_so_for_sure() -> None:
-    assert improvement_estimate([np.arange(5.0) + 10], [np.arange(5.0)]) == (1.0, 1.0, 1.0)
+def test_there_is_no_interval_for_a_variant_that_always_wins() -> None:
+    """No resample of five and five says how sure that is."""
+    estimate = improvement_estimate([np.arange(5.0) + 10], [np.arange(5.0)])
+    assert estimate == (1.0, pytest.approx(np.nan, nan_ok=True), pytest.approx(np.nan, nan_ok=True))
 
 
 def test_performance_profile_is_the_share_of_runs_above() -> None:
@@ -84,12 +86,22 @@ def test_bands_of_curves() -> None:
 def test_p_values_of_few_runs() -> None:
     # Of 3 and 3 runs there are 20 orders; two of them are as extreme as this one.
     assert p_value(np.array([4.0, 5, 6]), np.array([1.0, 2, 3])) == pytest.approx(2 / 20)
+    assert smallest_p_value(3, n_comparisons=2) == pytest.approx(4 / 20)
     assert [smallest_p_value(n) for n in (1, 2, 3, 4)] == [
         1.0,
         pytest.approx(2 / 6),
         pytest.approx(2 / 20),
         pytest.approx(2 / 70),
     ]
+
+
+def test_p_values_with_ties_count_orders_too() -> None:
+    assert p_value(np.array([500.0] * 3), np.array([480.0] * 3)) == pytest.approx(2 / 20)
+    assert p_value(np.array([500.0] * 5), np.arange(5.0)) == pytest.approx(2 / 252)
+    assert p_value(np.array([500.0] * 5), np.array([500.0] * 5)) == 1.0
+    # Of the 20 orders of 1, 1, 2, 2, 2, 3 those whose first three have rank sums as far from 10.5 as 1, 1, 2 and 2, 2, 3 have,
+    # which is 4 + 1.5 + 1.5 = 7 and 14: three ways to choose the 2, and three to leave it out.
+    assert p_value(np.array([1.0, 1, 2]), np.array([2.0, 2, 3])) == pytest.approx(6 / 20)
 
 
 def test_holms_correction_by_hand() -> None:

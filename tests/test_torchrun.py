@@ -68,7 +68,8 @@ def test_ranks_end_with_one_model(uninterrupted: list[Any]) -> None:
 def test_no_thread_of_gloo_is_left_when_python_ends(folder: Path) -> None:
     """One that gives back a tensor when Python has gone aborts the process."""
     for rank in range(2):
-        names = json.loads((folder / f"threads_{rank}.json").read_text())
+        before, names = (json.loads((folder / f"threads_{when}_{rank}.json").read_text()) for when in ("before", "at_the_end"))
+        assert [name for name in before if "gloo" in name]
         assert names
         assert not [name for name in names if "gloo" in name]
 

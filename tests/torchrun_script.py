@@ -42,9 +42,9 @@ class Fault(BaseCallback):
         return True
 
 
-def keep_names_of_threads(folder: Path) -> None:
+def keep_names_of_threads(folder: Path, when: str) -> None:
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    (folder / f"threads_{os.environ['RANK']}.json").write_text(json.dumps(names))
+    (folder / f"threads_{when}_{os.environ['RANK']}.json").write_text(json.dumps(names))
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--fault", default="none")
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
-    atexit.register(keep_names_of_threads, options.folder)  # the first that is registered is called last
+    atexit.register(keep_names_of_threads, options.folder, "at_the_end")  # the first that is registered is called last
     os.environ["SB3_PPO_VARIANTS_TIMEOUT"] = str(options.timeout)
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         time.sleep(2)  # the address of the rank that was killed is still in torchrun's store, for rank 0 to find
@@ -63,6 +63,7 @@ def main() -> None:
     callbacks = [ResumableCheckpointCallback(options.folder / "checkpoints"), Fault(options.fault, options.folder)]
     try:
         train(options.folder, env, callbacks)
+        keep_names_of_threads(options.folder, "before")
     except LostRankError as error:
         (options.folder / f"lost_{os.environ['RANK']}.txt").write_text(str(error))
         raise

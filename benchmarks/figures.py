@@ -34,7 +34,7 @@ Styles: TypeAlias = Mapping[str, dict[str, Any]]
 
 def styles_of(cells: Cells) -> Styles:
     """
-    Colours for variants; SB3's own algorithms are dashed, as the same bits make the same line as ours.
+    Colours for variants; SB3's own algorithms are dashed, above the others, as the same bits make the same line as ours.
 
     :param cells: the results
     """
@@ -42,7 +42,7 @@ def styles_of(cells: Cells) -> Styles:
     lines = {variant: "--" for (_, variant), results in cells.items() if results[0].job.algorithm != "ppo"}
     cycle = itertools.cycle((color, line) for line in ("-", ":", "-.") for color in COLORS)
     return {
-        name: {"color": color, "linestyle": lines.get(name, line)}
+        name: {"color": color, "linestyle": lines.get(name, line), "zorder": 3 if name in lines else 2}
         for name, (color, line) in zip(variants, cycle, strict=False)
     }
 
@@ -250,7 +250,7 @@ def efficiency(jobs: pd.DataFrame, styles: Styles, path: Path) -> None:
     """
     envs, variants = list(dict.fromkeys(jobs["env"])), list(dict.fromkeys(jobs["variant"]))
     figure, axes = plt.subplots(
-        len(envs), 2, figsize=(10, 0.9 + (0.7 + 0.26 * len(variants)) * len(envs)), layout="constrained", squeeze=False
+        len(envs), 2, figsize=(10, 0.9 + (0.9 + 0.26 * len(variants)) * len(envs)), layout="constrained", squeeze=False
     )
     for (left, right), env in zip(axes, envs, strict=True):
         for row, variant in enumerate(variants):
@@ -266,8 +266,8 @@ def efficiency(jobs: pd.DataFrame, styles: Styles, path: Path) -> None:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.spines[["top", "right"]].set_visible(False)
         threshold = jobs["threshold"][jobs["env"] == env].iloc[0]
-        left.set(title=f"{env}: time steps to a mean return of {threshold:.5g}")
-        right.set(title=f"{env}: time steps a second")
+        left.set(title=env, xlabel=f"time steps to a mean return of {threshold:.5g}")
+        right.set(title=env, xlabel="time steps a second")
         left.set_xlim(0, 1.02 * jobs["timesteps"][jobs["env"] == env].max())
         right.set_xlim(left=0)
     _save(figure, path, "One point a run; beside them how many runs have reached the threshold")

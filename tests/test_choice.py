@@ -191,7 +191,8 @@ def test_goes_on_after_what_changes_nothing(look: Any, n_value_epochs: int | Non
         model = make_model(sb3_ppo_variants.PPO, Config(kwargs={"engine": engine, "n_value_epochs": n_value_epochs}))
         model.set_random_seed(3)
         used.clear()
-        models.append(model.learn(2 * ROLLOUT, callback=Look(look) if engine == "fused" else None))
+        # Also beside autograd: copies lie elsewhere in memory, which makes other bits on some processors, with SB3's PPO, too.
+        models.append(model.learn(2 * ROLLOUT, callback=Look(look)))
         assert ("EagerEngine" in used) == (engine == "eager")
     if look is LOOKS[0]:
         return  # it draws random numbers

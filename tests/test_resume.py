@@ -328,7 +328,11 @@ def test_every_so_many_updates(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cart_128_steps.checkpoint", "cart_64_steps.checkpoint"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:5000] + b"x" + data[5001:], lambda data: b""])
+def with_other_bytes(data: bytes) -> bytes:
+    return data[:4000] + bytes(255 - byte for byte in data[4000:5000]) + data[5000:]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], with_other_bytes, lambda data: b""])
 def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     saved(tmp_path)
     last = tmp_path / "ppo_160_steps.checkpoint"

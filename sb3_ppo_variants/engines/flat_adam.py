@@ -7,7 +7,10 @@ import numpy as np
 import torch as th
 
 ALIGNMENT = 16
-"""Each part of a flat vector starts at a multiple of so many float32: matrices that don't are multiplied slower by half."""
+"""
+Matrices start at a multiple of so many float32, as all that torch allocates does: others are multiplied slower by half, and on
+some processors (AMD's, with MKL) with other bits.
+"""
 
 
 def bounds(like: list[th.Tensor]) -> list[int]:

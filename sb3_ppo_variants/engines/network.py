@@ -16,6 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from torch import nn
 
+from sb3_ppo_variants.engines.flat_adam import ALIGNMENT
+
 ATEN = th.ops.aten
 
 
@@ -220,7 +222,9 @@ class Workspace:
         layers = [self._stacks[index][depth] for index in indices]
         alike = len({(len(layer.bias), layer.activation) for layer in layers}) == 1
         anywhere = all(layer.activation is not None and layer.activation.anywhere for layer in layers)
-        return [indices] if alike and anywhere else [[index] for index in indices]
+        # Some processors' kernels round otherwise where a matrix doesn't start where SB3's do.
+        aligned = self._n_samples * len(layers[0].bias) % ALIGNMENT == 0
+        return [indices] if alike and anywhere and aligned else [[index] for index in indices]
 
 
 class Networks:

@@ -178,13 +178,13 @@ def _plan(arguments: Sequence[str] | None) -> Plan:
 def _content(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What the file says, and the command line over it; and a name for it."""
     content: dict[str, Any] = {"variants": {"clip": {}, "adaptive_kl": {}, "fixed_kl_3": {}}}
-    name = "compare"
-    if options.grid is not None:
-        content, name = {**content, **read_grid(options.grid)}, options.grid.stem
+    file, name = options.grid, "compare" if options.grid is None else options.grid.stem
     for kind in ("preset", "study"):
         if (chosen := getattr(options, kind)) is not None:
             grids = included(kind)
-            content, name = {**content, **read_grid(grids[one_of(kind, chosen, grids)])}, chosen
+            file, name = grids[one_of(kind, chosen, grids)], chosen
+    if file is not None:
+        content |= read_grid(file)
     if "envs" not in content and not options.env:
         raise GridError("--env is missing: name one or several environments, or a --grid, --preset or --study")
     # What a file says is checked before flags change or hide it.

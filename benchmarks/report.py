@@ -299,9 +299,9 @@ def _claims(grid: Grid, results: Sequence[Result]) -> list[str]:
             bound = f"at least {claim.at_least:g}" if claim.at_least is not None else f"at most {claim.at_most:g}"
             measure = claim.measure.replace("_", " ") + ("" if claim.of_return is None else f" {claim.of_return:g}")
             wanted = f"{measure} {bound}, {'median' if claim.seeds == 'median' else 'all seeds'}"
-            n_seeds = f"{len(values)} of {grid.seeds} seeds" if len(values) < grid.seeds else f"{grid.seeds} seeds"
-            holds = "yes" if claim.holds(values) else "no"
-            verdict = "not all seeds yet" if len(values) < grid.seeds else holds
+            n_seeds, verdict = f"{grid.seeds} seeds", "yes" if claim.holds(values) else "no"
+            if len(values) < grid.seeds:
+                n_seeds, verdict = f"{len(values)} of {n_seeds}", "not all seeds yet"
             reached = f"{middle} ({low} to {high}, {n_seeds})"
             rows.append((claim.says, f"{claim.variant} on {claim.env}: {wanted}", reached, verdict))
     return (

@@ -25,6 +25,7 @@ BACKENDS = ("loky", "ray", "sequential")
 News: TypeAlias = "int | tuple[str, str | None, str | None] | None"
 """New time steps; or a job's name, its result if it may be on another disk, its traceback; or that nothing follows."""
 DIED = "its process has died, also when it ran by itself: a crash, or too little memory"
+"""The error of a job that can't tell one."""
 
 
 class NewsQueue(Protocol):

@@ -5,9 +5,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch as th
@@ -38,10 +40,11 @@ def make_env(job: Job) -> VecEnv:
     :param job: the job
     """
     with warnings.catch_warnings():
-        # CartPole-v0 has to be old, and SB3 tries a render mode that not all have.
-        warnings.filterwarnings("ignore", message=".*(is out of date|is being initialised with render_mode)")
+        warnings.filterwarnings("ignore", message=".*is out of date")  # CartPole-v0 has to be old
         wrapper = TimeLimitAsTermination if job.terminal_time_limits else None
-        env = make_vec_env(job.env, job.n_envs, _seed(job), env_kwargs=job.env_kwargs, wrapper_class=wrapper)
+        # By its name, SB3 makes an environment that renders, where LunarLander moves all sparks of its engines, three times slower.
+        make = partial(gym.make, job.env)
+        env = make_vec_env(make, job.n_envs, _seed(job), env_kwargs=job.env_kwargs, wrapper_class=wrapper)
     if job.normalize:
         return VecNormalize(env, gamma=job.arguments.get("gamma", 0.99))
     return env

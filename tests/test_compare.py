@@ -550,6 +550,14 @@ def test_environments_of_different_runs_have_nothing_in_common() -> None:
     assert len({tuple(each) for each in observations}) == 12
 
 
+def test_environments_render_only_where_asked() -> None:
+    """Gymnasium's LunarLander simulates the sparks of its engines if it could be rendered (Gymnasium's issue #170)."""
+    grid = make_grid({"envs": ["CartPole-v1"], "variants": ["clip"]}, "test")
+    env = make_env(grid.jobs()[0])
+    assert env.get_attr("render_mode") == [None]
+    env.close()
+
+
 def test_time_limits_may_be_ends() -> None:
     grid = make_grid({"envs": ["CartPole-v0"], "variants": ["clip"], "terminal_time_limits": True}, "test")
     env = make_env(grid.jobs()[0])

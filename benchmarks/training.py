@@ -42,7 +42,7 @@ def make_env(job: Job) -> VecEnv:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # CartPole-v0 has to be old
         wrapper = TimeLimitAsTermination if job.terminal_time_limits else None
-        # By its name, SB3 makes an environment that could render: LunarLander then moves its engines' sparks, three times slower.
+        # By its name, SB3 makes an environment that could render: LunarLander then moves its sparks too, three times slower.
         make = partial(gym.make, job.env)
         env = make_vec_env(make, job.n_envs, _seed(job), env_kwargs=job.env_kwargs, wrapper_class=wrapper)
     if job.normalize:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveInt, model_validator
+from pydantic import FiniteFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from benchmarks.job import Model
@@ -37,8 +37,8 @@ class Claim(Model):
     measure: MEASURES
     of_return: float | None = None
     from_update: PositiveInt | None = None
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: FiniteFloat | None = None
+    at_most: FiniteFloat | None = None
     seeds: Literal["median", "all"] = "median"
 
     @model_validator(mode="after")

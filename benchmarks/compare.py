@@ -6,6 +6,7 @@ Run it with ``python -m benchmarks.compare``; ``--help`` lists what can be said.
 
 import argparse
 import importlib.util
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -84,9 +85,8 @@ def _compare(plan: Plan, jobs: Sequence[Job], left: Sequence[Job]) -> int:
     print(f"\n{write_report(plan.grid, results, folder.path, failed)}\n")
     print(f"Report:      {folder.path / 'report.md'}, with figures and CSV files beside it")
     if options.tensorboard and folder.tensorboard.exists():
-        print(
-            f"TensorBoard: {_beside_python('tensorboard')} --logdir {folder.tensorboard}   (then open http://localhost:6006)"
-        )
+        command = shlex.join([_beside_python("tensorboard"), "--logdir", str(folder.tensorboard)])
+        print(f"TensorBoard: {command}   (then open http://localhost:6006)")
     if options.video and folder.videos.exists():
         print(f"Videos:      {folder.videos}")
     elif options.video:
@@ -117,7 +117,7 @@ def check_jobs(jobs: Sequence[Job], backend: str, video: bool) -> None:
                 make_model(job, env)
                 make_callbacks(job)
                 env.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise GridError(f"{job.variant} on {job.env}: {error}") from error
 
 
@@ -126,15 +126,19 @@ def _check_env(job: Job, video: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             env = gym.make(job.env, **job.env_kwargs)
-            if video and "rgb_array" not in env.metadata.get("render_modes", []):
-                raise GridError(f"environment {job.env} can't be recorded: it has no render mode 'rgb_array'")
             env.close()
-    except GridError:
-        raise
+            modes = env.metadata.get("render_modes", [])
+            registered = job.env if env.spec is None else env.spec.id
     except gym.error.UnregisteredEnv as error:
         raise GridError(f"unknown environment: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise GridError(f"environment {job.env}: {error}") from error
+    if job.env.rpartition(":")[2] != registered.rpartition(":")[2]:
+        raise GridError(f"environment {job.env}: name its version, as in {registered}")
+    if video and "rgb_array" not in modes:
+        raise GridError(f"environment {job.env} can't be recorded: it has no render mode 'rgb_array'")
+    if video and "render_mode" in job.env_kwargs:
+        raise GridError(f"environment {job.env} can't be recorded with a `render_mode` of its own in `env_kwargs`")
 
 
 def _plan(arguments: Sequence[str] | None) -> Plan:
@@ -191,22 +195,21 @@ def _content(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     make_grid({"envs": options.env, **content}, str(options.grid or name)).check_claims()
     flags = {"envs": options.env, "variants": options.variants, "seeds": options.seeds, "timesteps": options.timesteps}
     flags |= {"n_envs": options.n_envs, "normalize": options.normalize}
-    for key, value in flags.items():
-        if value is not None:
-            content[key] = _chosen(key, value, content.get(key))
-    if options.set:
-        if isinstance(content["variants"], list):
-            content["variants"] = dict.fromkeys(content["variants"])
-        override(content, options.set)
+    given = {key: value for key, value in flags.items() if value is not None}
+    for key in ("envs", "variants"):
+        content[key] = _chosen(given.pop(key, None), content.get(key))
+    content |= given
+    for task in content["envs"].values():
+        for key in given:
+            task.pop(key, None)
+    override(content, options.set)
     return content, name
 
 
-def _chosen(key: str, value: Any, said: Any) -> Any:
-    """What a flag says; of environments and variants in a file, it chooses some."""
-    if not isinstance(value, list):
-        return value
-    settings = said if isinstance(said, dict) else {}
-    return {name: settings.get(name) or {} for name in value}
+def _chosen(names: list[str] | None, said: Any) -> dict[str, dict[str, Any]]:
+    """Those of a file's environments or variants that a flag names, or all, as copies that can be changed."""
+    settings = said if isinstance(said, dict) else dict.fromkeys(said or ())
+    return {name: dict(settings.get(name) or {}) for name in names or settings}
 
 
 def _positive(text: str) -> int:

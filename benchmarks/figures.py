@@ -320,7 +320,7 @@ def draw_speed(measurements: pd.DataFrame, path: Path) -> None:
 
 def _points(result: Result) -> np.ndarray:
     """Time steps, evenly spread over a run, at which its curves are drawn."""
-    return np.linspace(0, result.job.timesteps, N_POINTS + 1)[1:]
+    return np.linspace(0, result.updates["timesteps"].max(), N_POINTS + 1)[1:]
 
 
 def _latest(result: Result, column: str, steps: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,15 +178,34 @@ def one_of(what: str, name: str, allowed: Iterable[str]) -> str:
     raise GridError(f"unknown {what}: {name!r}; {hint}")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's rule, which PyYAML doesn't enforce: of two values for a key the last one would win."""
+class _Loader(yaml.SafeLoader):
+    """With YAML's rule that a key stands once, which PyYAML doesn't enforce, and YAML 1.2's numbers, such as 3e-4."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
+    def compose_mapping_node(self, anchor: dict[Any, Any]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            raise yaml.composer.ComposerError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return node
+
+
+NUMBER = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
+
+
+def _parse(text: str) -> Any:
+    """
+    Read YAML.
+
+    :raises ValueError: if it isn't
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError("too many levels") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -196,10 +216,10 @@ def read_grid(path: Path) -> dict[str, Any]:
     :raises GridError: if there is no such file, or it isn't a YAML mapping
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GridError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise GridError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise GridError(f"{path}: must be a mapping with the keys {', '.join(Grid.model_fields)}")
@@ -260,7 +280,7 @@ def override(content: dict[str, Any], settings: Iterable[str]) -> None:
     """
     Write arguments from the command line into a grid's content.
 
-    :param content: as :func:`read_grid` returns it, with its variants as a mapping
+    :param content: as :func:`read_grid` returns it, with its environments and variants as mappings of mappings
     :param settings: ``n_steps=128``, for all, or ``adaptive_kl:kl_target=0.02``, for one variant
     :raises GridError: if one is not of this form, or names a variant that doesn't take part
     """
@@ -272,8 +292,11 @@ def override(content: dict[str, Any], settings: Iterable[str]) -> None:
         place: dict[str, Any] = content
         if colon:
             one_of("variant in --set", variant, content["variants"])
-            place = content["variants"][variant] = dict(content["variants"][variant] or {})
+            place = content["variants"][variant]
+        else:
+            for task in content["envs"].values():
+                task["arguments"] = {name: said for name, said in (task.get("arguments") or {}).items() if name != argument}
         try:
-            place["arguments"] = {**(place.get("arguments") or {}), argument: yaml.safe_load(value)}
-        except yaml.YAMLError as error:
+            place["arguments"] = {**(place.get("arguments") or {}), argument: _parse(value)}
+        except ValueError as error:
             raise GridError(f"--set {setting}: the value is no YAML") from error

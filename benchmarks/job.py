@@ -4,23 +4,22 @@ import importlib
 from typing import Annotated, Any
 
 import gymnasium as gym
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as a string: it wants 3.0e-4."""
+def _storable(value: Any) -> Any:
+    """YAML has more types than JSON, which keeps results."""
     if isinstance(value, dict):
-        return {key: _number(each) for key, each in value.items()}
+        return {_storable(key): _storable(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_number(each) for each in value]
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+        return [_storable(each) for each in value]
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"must be made of numbers, texts, lists and mappings, and {value!r} is a {type(value).__name__}")
+    return value
 
 
-Arguments = Annotated[dict[str, Any], BeforeValidator(_number)]
-"""Of an algorithm or a callback."""
+Arguments = Annotated[dict[str, Any], AfterValidator(_storable)]
+"""Of an algorithm, a callback or an environment."""
 
 
 class Model(BaseModel):

@@ -57,14 +57,16 @@ def _package(name: str) -> str:
 
 def _commit() -> str:
     """The commit of the checkout, with a note if there are changes on top of it."""
-    root = Path(__file__).parents[1]
     try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changes = _git("status", "--porcelain", "--untracked-files=no")  # results may lie in the checkout
+        return _git("rev-parse", "--short=10", "HEAD") + (" with uncommitted changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + (" with uncommitted changes" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ from benchmarks.stats import (
 )
 from benchmarks.tables import markdown
 from benchmarks.training import random_return
-from benchmarks.variants import BASELINE
+from benchmarks.variants import BASELINE, VARIANTS
 
 WAY = 0.9
 """From random actions to the baseline's final return: the threshold of tasks that have none."""
@@ -151,9 +151,11 @@ class Comparison:
 
     def _is_baseline(self, env: str, variant: str) -> bool:
         """Also SB3's PPO with clip's settings: it is there to show that nothing differs."""
+        if variant == self.baseline:
+            return True
         job, baseline = (self.cells[env, each][0].job for each in (variant, self.baseline))
-        is_control = job.algorithm == "sb3_ppo" and job.arguments.items() <= baseline.arguments.items()
-        return variant == self.baseline or (is_control and self.baseline == BASELINE)
+        same = {"algorithm": "ppo", "arguments": {**VARIANTS[BASELINE].arguments, **job.arguments}, "variant": self.baseline}
+        return job.algorithm == "sb3_ppo" and job.model_copy(update=same) == baseline
 
     def alike(self) -> dict[str, list[str]]:
         """By environment, the variants that may as well be the baseline."""
@@ -386,7 +388,10 @@ def _origin(results: Sequence[Result]) -> str:
 def _random_returns(results: Sequence[Result], folder: Path) -> dict[str, float]:
     """Of each environment, kept for the next report."""
     file = folder / "random_returns.json"
-    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:  # damaged
+        known = {}
     new = {result.job.env: result.job for result in results if result.job.env not in known}
     if new:
         known |= {env: random_return(job) for env, job in new.items()}

@@ -20,6 +20,8 @@ LOGGED = {"kl": "train/kl", "kl_coef": "train/kl_coef", "clip_fraction": "train/
 """Keys of the logs that are kept of each update."""
 COLUMNS = {"episodes": ["timesteps", "episode_return", "length"], "updates": ["timesteps", *LOGGED]}
 """Of the tables of a result."""
+REPORT = ("report.md", "jobs.csv", "summary.csv", "episodes.csv.gz", "updates.csv.gz")
+"""Files of a report, beside its figures."""
 EPISODES = 100
 """Episodes that a return is averaged over, as in gymnasium's definition of a solved task."""
 FINAL = 0.1
@@ -182,8 +184,14 @@ class Folder:
         :param jobs: of the grid
         :raises ResultsError: if it doesn't
         """
+        kept = self.path / "jobs"
+        for folder in (kept, self.tensorboard, self.videos):
+            if folder.exists() and not folder.is_dir():
+                raise ResultsError(f"{folder}: must be a folder, and is a file; take another folder for the results")
+        if not kept.exists() and (there := [name for name in REPORT if (self.path / name).exists()]):
+            raise ResultsError(f"{self.path}: has a {there[0]} and no results of runs; take another folder, or remove it")
         expected = {self._file(job): job for job in jobs}
-        for file in sorted((self.path / "jobs").rglob("seed_*.json")):
+        for file in sorted(each for each in kept.rglob("seed_*.json") if each.is_file()):
             if file not in expected:
                 raise ResultsError(f"{file}: results of another grid, which has this job too; take another folder")
             result = self._read(file)
@@ -218,13 +226,15 @@ class Folder:
         write_whole(file, result.to_json())
         self._error_file(result.job).unlink(missing_ok=True)
 
-    def write_error(self, job: Job, error: str) -> None:
+    def write_error(self, job: Job, error: str) -> Path:
         """
         Keep the traceback of a job that has failed.
 
+        :return: the file
         :raises OSError: if the disk is full, or the like
         """
         write_whole(self._error_file(job), error)
+        return self._error_file(job)
 
     def forget_logs(self, job: Job) -> None:
         """Remove what an interrupted run of a job has left for TensorBoard."""

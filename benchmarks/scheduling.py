@@ -67,6 +67,9 @@ def run_jobs(
     ):
         arguments = (provenance(), Folder(folder.path.absolute()), tensorboard, video, queue, backend == "ray")
         left = list(jobs)
+        if backend == "loky" and joblib.effective_n_jobs() == 1:  # for which joblib takes this process
+            _run_alone(left, queue, *arguments)
+            left = []
         while left:
             try:
                 joblib.Parallel(batch_size=1)(joblib.delayed(_run)(job, *arguments) for job in left)
@@ -75,23 +78,21 @@ def run_jobs(
                 left = [job for job in left if not folder.finished(job) and job.name not in failed]
                 # Jobs begin in their order: one of those that ran has ended its process, and others with it.
                 n_running = joblib.effective_n_jobs()
-                for job in left[:n_running]:
-                    if not _runs_alone(job, *arguments):
-                        queue.put((job.name, None, DIED))
+                _run_alone(left[:n_running], queue, *arguments)
                 left = left[n_running:]
     return failed
 
 
-def _runs_alone(job: Job, *arguments: Any) -> bool:
-    """Run a job in a process that has no other; return whether that lives on."""
-    executor = ProcessPoolExecutor(max_workers=1)
-    try:
-        executor.submit(_run, job, *arguments).result()
-    except TerminatedWorkerError:
-        return False
-    finally:
-        executor.shutdown(kill_workers=True)
-    return True
+def _run_alone(jobs: Sequence[Job], queue: NewsQueue, *arguments: Any) -> None:
+    """Run jobs one after the other, each in a process that has no other, and tell of those whose process dies."""
+    for job in jobs:
+        executor = ProcessPoolExecutor(max_workers=1)
+        try:
+            executor.submit(_run, job, *arguments).result()
+        except TerminatedWorkerError:
+            queue.put((job.name, None, DIED))
+        finally:
+            executor.shutdown(kill_workers=True)
 
 
 def _run(
@@ -131,7 +132,7 @@ def _listen(queue: NewsQueue, jobs: Mapping[str, Job], folder: Folder, bar: "tqd
                 folder.write(Result.from_json(text))
             if error is not None:
                 failed[name] = error.partition("\n")[0]
-                folder.write_error(jobs[name], error)
+                failed[name] += f" (traceback: {folder.write_error(jobs[name], error).relative_to(folder.path)})"
         except OSError as full:  # the others may have more luck
             failed[name] = failed.get(name, f"{type(full).__name__}: {full}")
         if name in failed:

@@ -202,6 +202,7 @@ def train(
         # The logs' interval in rollouts: A2C's are many.
         model.learn(job.timesteps, callbacks, log_interval=100 if job.algorithm == "a2c" else 1, tb_log_name=job.name)
         wall_time = time.perf_counter() - start - (0.0 if video is None else video.seconds)
+        model.dump_logs()  # SB3 writes what an update has logged after the next rollout
         model.logger.close()
     finally:
         env.close()

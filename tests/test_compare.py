@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,9 @@ def test_tensorboard_has_one_run_a_job(output: Path) -> None:
         f"{env}/{variant}/seed_{seed}_1" for env in GRID["envs"] for variant in GRID["variants"] for seed in SEEDS
     }
     scalars = EventAccumulator(str(output / "tensorboard/CartPole-v1/adaptive_kl/seed_0_1")).Reload()
-    assert len(scalars.Scalars("train/kl")) == 2  # the third update is after the last rollout
+    assert [each.step for each in scalars.Scalars("train/kl")] == [1024, 1536, 1536]  # SB3 writes them a rollout late
+    scalars = EventAccumulator(str(output / "tensorboard/CartPole-v1/a2c/seed_0_1")).Reload()
+    assert scalars.Scalars("rollout/ep_rew_mean")[-1].step == 1500
 
 
 def test_the_same_command_again_trains_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +354,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
     assert "the lights went out" in (tmp_path / "results/jobs/CartPole-v1/none/seed_0.error.txt").read_text()
     report = (tmp_path / "results/report.md").read_text()
     assert "- CartPole-v1/none/seed_0 has failed: RuntimeError: the lights went out" in report
+    assert "(traceback: jobs/CartPole-v1/none/seed_0.error.txt)" in report
     assert "1 of 2 runs are missing" in report
 
     monkeypatch.setattr(training, "train", original)
@@ -385,6 +389,8 @@ def test_a_full_disk_loses_nothing(
     ("arguments", "message"),
     [
         ([], "--env is missing"),
+        (["--env", "CartPole"], "environment CartPole: name its version, as in CartPole-v1"),
+        (["--env", "CartPole-v1", "--set", "n_steps=2020-13-45"], "--set n_steps=2020-13-45: the value is no YAML"),
         (["--env", "CartPol-v1"], "unknown environment: Environment `CartPol` doesn't exist. Did you mean: `CartPole`?"),
         (["--env", "CartPole-v1", "--variants", "clipp"], "unknown variant: 'clipp'; did you mean 'clip'?"),
         (["--env", "CartPole-v1", "--set", "n_step=3"], "unknown argument of clip: 'n_step'; did you mean 'n_steps'?"),
@@ -437,6 +443,12 @@ def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     ("change", "message"),
     [
         ("a: [", "grid.yaml: not YAML"),
+        ("title: 0x_", "grid.yaml: not YAML"),
+        ("title: " + "[" * 5000, "grid.yaml: not YAML: too many levels"),
+        (
+            {**GRID, "envs": {"CartPole-v1": {"env_kwargs": {"day": date(2020, 1, 1)}}}},
+            "and datetime.date(2020, 1, 1) is a date",
+        ),
         ("- 3", "grid.yaml: must be a mapping with the keys title, envs"),
         ("seeds: 1\nseeds: 2", "'seeds' stands there twice"),
         ("envs: [CartPole-v1, [a, b]]", "`envs` must be a list of names, or a mapping"),
@@ -641,10 +653,11 @@ def test_an_environment_that_exits_is_a_failed_job(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_an_environment_that_crashes_is_a_failed_job_and_the_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_an_environment_that_crashes_is_a_failed_job_and_the_others_go_on(n_jobs: int, tmp_path: Path) -> None:
     """Also those that ran beside it, and ended with it."""
     crashing, fine = "tests.environments:Crashing-v0", "CartPole-v1"
-    flags = small(tmp_path, "--backend", "loky", "--jobs", "2", env=[crashing, fine], variants=["clip", "none"])
+    flags = small(tmp_path, "--backend", "loky", "--jobs", str(n_jobs), env=[crashing, fine], variants=["clip", "none"])
     assert main(flags) == 1
     results = tmp_path / "results/jobs"
     for variant in ("clip", "none"):
@@ -675,6 +688,34 @@ def test_a_report_replaces_another_one_as_a_whole(
     assert not list((tmp_path / "results").glob(".report*"))
 
 
+def test_what_is_no_folder_of_results_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/report.md").write_text("my notes")
+    assert main(small(tmp_path)) == 2
+    assert "has a report.md and no results of runs; take another folder, or remove it" in capsys.readouterr().err
+    assert (tmp_path / "results/report.md").read_text() == "my notes"
+    (tmp_path / "results/jobs").touch()
+    assert main(small(tmp_path)) == 2
+    assert "jobs: must be a folder, and is a file" in capsys.readouterr().err
+
+
+def test_sb3_is_a_control_only_with_the_settings_of_clip(tmp_path: Path) -> None:
+    flags = small(tmp_path, "--seeds", "2", variants=["clip", "sb3_ppo"])
+    for setting, is_control in (("clip:learning_rate=0.1", False), ("learning_rate=0.1", True)):
+        folder = tmp_path / setting
+        assert main([*flags, "--set", setting, "--output", str(folder)]) == 0
+        rows = pd.read_csv(folder / "summary.csv").set_index("variant")
+        assert np.isnan(rows.loc["sb3_ppo"].get("p_value", np.nan)) == is_control
+
+
+def test_damaged_returns_of_random_actions_are_measured_again(tmp_path: Path) -> None:
+    assert main(small(tmp_path)) == 0
+    known = (tmp_path / "results/random_returns.json").read_text()
+    (tmp_path / "results/random_returns.json").write_text('{"CartP')
+    assert main(small(tmp_path)) == 0
+    assert (tmp_path / "results/random_returns.json").read_text() == known
+
+
 def test_says_how_to_go_on_after_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -699,6 +740,24 @@ def test_flags_add_up() -> None:
     plan = compare._plan(["--env", "CartPole-v1", "--env", "Acrobot-v1", "--set", "n_steps=64", "--set", "batch_size=32"])
     assert list(plan.grid.envs) == ["CartPole-v1", "Acrobot-v1"]
     assert plan.grid.arguments == {"n_steps": 64, "batch_size": 32}
+
+
+def test_flags_are_over_what_a_file_says_of_single_environments() -> None:
+    flags = ["--timesteps", "500", "--n-envs", "3", "--normalize", "--set", "n_steps=16"]
+    plan = compare._plan(["--study", "clip_or_kl", "--env", "CartPole-v1", "--variants", "clip", *flags])
+    job = plan.grid.jobs()[0]
+    assert (job.timesteps, job.n_envs, job.normalize) == (500, 3, True)
+    assert job.arguments == {"n_steps": 16, "batch_size": 256, "learning_rate": "lin_1e-3", "clip_range": 0.2}
+
+
+def test_parts_of_a_file_can_be_shared(tmp_path: Path) -> None:
+    path = write_grid(tmp_path, "envs: {CartPole-v1: &a {timesteps: 100, n_envs: 2}, Pendulum-v1: {<<: *a, n_envs: 3}}")
+    assert read_grid(path)["envs"]["Pendulum-v1"] == {"timesteps": 100, "n_envs": 3}
+
+
+def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
+    path = write_grid(tmp_path, "envs: {CartPole-v1: {env_kwargs: {task: '007', scale: 1e-3}}}\nvariants: [clip]")
+    assert make_grid(read_grid(path), "test").jobs()[0].env_kwargs == {"task": "007", "scale": 0.001}
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:

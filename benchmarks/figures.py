@@ -90,7 +90,8 @@ def learning_curves(cells: Cells, styles: Styles, path: Path) -> None:
     _legend(figure, [axis for _, axis in panels])
     seeds = {len(results) for results in cells.values()}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    _save(figure, path, f"Interquartile mean of {count} seeds and its 95 % bootstrap interval")
+    title = "One seed each" if seeds == {1} else f"Interquartile mean of {count} seeds and its 95 % bootstrap interval"
+    _save(figure, path, title)
 
 
 def all_seeds(cells: Cells, path: Path) -> None:

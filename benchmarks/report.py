@@ -247,7 +247,7 @@ def _tables(comparison: Comparison, summary: pd.DataFrame) -> list[str]:
             "final return",
             f"beats {comparison.baseline}",
             "p",
-            f"reached {threshold:.4g}",
+            "reached " + _number(threshold, ".4g"),
             "steps to it",
             "KL an update",
         )
@@ -259,7 +259,7 @@ def _tables(comparison: Comparison, summary: pd.DataFrame) -> list[str]:
             (row["variant"], _interval(row, "final_return", ".3f"), _interval(row, "improvement", ".2f"))
             for _, row in total.iterrows()
         ]
-        title = f"## All {len(comparison.envs)} environments"
+        title = f"## {len(comparison.best)} environments together"
         tables.append(
             f"{title}\n\n{markdown([('variant', 'normalised final return', f'beats {comparison.baseline}'), *rows])}"
         )
@@ -298,7 +298,8 @@ def _claims(grid: Grid, results: Sequence[Result]) -> list[str]:
         values = claim.values(results)
         if len(values):
             low, middle, high = (_number(value, ".4g") for value in (values.min(), np.median(values), values.max()))
-            bound = f"at least {claim.at_least:g}" if claim.at_least is not None else f"at most {claim.at_most:g}"
+            bounds = {"at least": claim.at_least, "at most": claim.at_most}
+            bound = " and ".join(f"{words} {value:g}" for words, value in bounds.items() if value is not None)
             measure = claim.measure.replace("_", " ") + ("" if claim.of_return is None else f" {claim.of_return:g}")
             wanted = f"{measure} {bound}, {'median' if claim.seeds == 'median' else 'all seeds'}"
             n_seeds, verdict = f"{grid.seeds} seeds", "yes" if claim.holds(values) else "no"
@@ -327,7 +328,7 @@ def _warnings(comparison: Comparison, failed: Mapping[str, str]) -> list[str]:
     unscaled = [env for env in comparison.envs if env not in comparison.best]
     if unscaled and len(comparison.envs) > 1:
         texts.append(
-            f"No run is better than random actions on {', '.join(unscaled)}: left out of what is said of all environments."
+            f"No run is known to be better than random actions on {', '.join(unscaled)}: left out of what is said of all."
         )
     n_seeds, n_comparisons = min(counts), comparison.n_comparisons
     smallest = smallest_p_value(n_seeds, n_comparisons)

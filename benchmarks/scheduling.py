@@ -66,33 +66,53 @@ def run_jobs(
         joblib.parallel_config(backend=backend, n_jobs=n_jobs),
     ):
         arguments = (provenance(), Folder(folder.path.absolute()), tensorboard, video, queue, backend == "ray")
-        left = list(jobs)
-        if backend == "loky" and joblib.effective_n_jobs() == 1:  # for which joblib takes this process
-            _run_alone(left, queue, *arguments)
+        left, n_running = list(jobs), joblib.effective_n_jobs(n_jobs)
+        if backend != "sequential" and n_running == 1:  # for which joblib takes this process
+            _run_alone(left, backend, queue, *arguments)
             left = []
         while left:
             try:
                 joblib.Parallel(batch_size=1)(joblib.delayed(_run)(job, *arguments) for job in left)
                 break
-            except TerminatedWorkerError:
+            except _deaths(backend):
                 left = [job for job in left if not folder.finished(job) and job.name not in failed]
                 # Jobs begin in their order: one of those that ran has ended its process, and others with it.
-                n_running = joblib.effective_n_jobs()
-                _run_alone(left[:n_running], queue, *arguments)
+                _run_alone(left[:n_running], backend, queue, *arguments)
                 left = left[n_running:]
     return failed
 
 
-def _run_alone(jobs: Sequence[Job], queue: NewsQueue, *arguments: Any) -> None:
+def _deaths(backend: str) -> Any:
+    """What a backend raises if a process has died."""
+    if backend == "ray":
+        from ray.exceptions import RayError
+
+        return RayError
+    return TerminatedWorkerError
+
+
+def _run_alone(jobs: Sequence[Job], backend: str, queue: NewsQueue, *arguments: Any) -> None:
     """Run jobs one after the other, each in a process that has no other, and tell of those whose process dies."""
+    run_alone = _in_a_process_of_ray if backend == "ray" else _in_a_process
     for job in jobs:
-        executor = ProcessPoolExecutor(max_workers=1)
         try:
-            executor.submit(_run, job, *arguments).result()
-        except TerminatedWorkerError:
+            run_alone(job, *arguments)
+        except _deaths(backend):
             queue.put((job.name, None, DIED))
-        finally:
-            executor.shutdown(kill_workers=True)
+
+
+def _in_a_process(*arguments: Any) -> None:
+    executor = ProcessPoolExecutor(max_workers=1)
+    try:
+        executor.submit(_run, *arguments).result()
+    finally:
+        executor.shutdown(kill_workers=True)
+
+
+def _in_a_process_of_ray(*arguments: Any) -> None:
+    import ray
+
+    ray.get(ray.remote(max_retries=0, max_calls=1)(_run).remote(*arguments))
 
 
 def _run(

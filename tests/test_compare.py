@@ -652,13 +652,20 @@ def test_an_environment_that_exits_is_a_failed_job(tmp_path: Path, monkeypatch: 
     assert "Traceback" in error
 
 
+def run_as_users_do(flags: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # for the processes of Ray
+    command = [sys.executable, "-m", "benchmarks.compare", *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("n_jobs", [1, 2])
-def test_an_environment_that_crashes_is_a_failed_job_and_the_others_go_on(n_jobs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "n_jobs"), [("loky", 1), ("loky", 2), ("ray", 2)])
+def test_an_environment_that_crashes_is_a_failed_job_and_the_others_go_on(backend: str, n_jobs: int, tmp_path: Path) -> None:
     """Also those that ran beside it, and ended with it."""
     crashing, fine = "tests.environments:Crashing-v0", "CartPole-v1"
-    flags = small(tmp_path, "--backend", "loky", "--jobs", str(n_jobs), env=[crashing, fine], variants=["clip", "none"])
-    assert main(flags) == 1
+    flags = small(tmp_path, "--backend", backend, "--jobs", str(n_jobs), env=[crashing, fine], variants=["clip", "none"])
+    assert run_as_users_do(flags).returncode == 1
     results = tmp_path / "results/jobs"
     for variant in ("clip", "none"):
         assert "its process has died" in (results / crashing / variant / "seed_0.error.txt").read_text()
@@ -792,9 +799,7 @@ def test_runs_on_a_ray_cluster(tmp_path: Path, output: Path) -> None:
         "--backend",
         "ray",
     ]
-    command = [sys.executable, "-m", "benchmarks.compare", *flags, "--jobs", "2", "--env", "CartPole-v1"]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = run_as_users_do([*flags, "--jobs", "2", "--env", "CartPole-v1"])
     assert done.returncode == 0, done.stderr
     expected = {name: content for name, content in strip_times(output).items() if "CartPole" in name}
     assert strip_times(tmp_path / "ray") == expected

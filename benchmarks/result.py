@@ -151,6 +151,11 @@ class Folder:
         self.path = path
 
     @property
+    def jobs(self) -> Path:
+        """Where results go."""
+        return self.path / "jobs"
+
+    @property
     def tensorboard(self) -> Path:
         """Where TensorBoard's files go."""
         return self.path / "tensorboard"
@@ -184,14 +189,13 @@ class Folder:
         :param jobs: of the grid
         :raises ResultsError: if it doesn't
         """
-        kept = self.path / "jobs"
-        for folder in (kept, self.tensorboard, self.videos):
+        for folder in (self.jobs, self.tensorboard, self.videos):
             if folder.exists() and not folder.is_dir():
                 raise ResultsError(f"{folder}: must be a folder, and is a file; take another folder for the results")
-        if not kept.exists() and (there := [name for name in REPORT if (self.path / name).exists()]):
+        if not self.jobs.exists() and (there := [name for name in REPORT if (self.path / name).exists()]):
             raise ResultsError(f"{self.path}: has a {there[0]} and no results of runs; take another folder, or remove it")
         expected = {self._file(job): job for job in jobs}
-        for file in sorted(each for each in kept.rglob("seed_*.json") if each.is_file()):
+        for file in sorted(each for each in self.jobs.rglob("seed_*.json") if each.is_file()):
             if file not in expected:
                 raise ResultsError(f"{file}: results of another grid, which has this job too; take another folder")
             result = self._read(file)
@@ -242,10 +246,10 @@ class Folder:
             shutil.rmtree(folder)
 
     def _file(self, job: Job) -> Path:
-        return self.path / "jobs" / f"{job.name}.json"
+        return self.jobs / f"{job.name}.json"
 
     def _error_file(self, job: Job) -> Path:
-        return self.path / "jobs" / f"{job.name}.error.txt"
+        return self.jobs / f"{job.name}.error.txt"
 
     def _read(self, file: Path) -> Result:
         try:
